@@ -1,0 +1,371 @@
+//! Record → conversation: which fields hold what, and the checks that need no template and no tokenizer.
+
+use std::borrow::Cow;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::json::{Data, Member, Value};
+
+/// Who speaks. The names are those of OpenAI's chat format, which chat templates expect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Instructions of the application.
+    System,
+    /// Newer name of [`Role::System`], which some templates tell apart.
+    Developer,
+    /// The person.
+    User,
+    /// The model: what is trained on.
+    Assistant,
+    /// The result of a tool call.
+    Tool,
+}
+
+impl Role {
+    const ALL: [Self; 5] = [Self::System, Self::Developer, Self::User, Self::Assistant, Self::Tool];
+
+    /// The name as templates and records spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::Developer => "developer",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::Tool => "tool",
+        }
+    }
+}
+
+/// One turn. `fields` is the whole message as the template sees it, `role` and `content` included, in the record's order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Message<'a> {
+    /// Who speaks.
+    pub role: Role,
+    /// All fields of the message.
+    pub fields: Vec<Member<'a>>,
+}
+
+impl<'a> Message<'a> {
+    /// A message of plain text.
+    pub fn new(role: Role, content: impl Into<Cow<'a, str>>) -> Self {
+        let member = |key: &'static str, value| Member { key: Cow::Borrowed(key), offset: 0, value };
+        Self {
+            role,
+            fields: vec![member("role", Value::string(role.as_str())), member("content", Value::string(content))],
+        }
+    }
+
+    /// The value of `key`, where the message has it.
+    pub fn get(&self, key: &str) -> Option<&Value<'a>> {
+        self.fields.iter().find(|member| member.key == key).map(|member| &member.value)
+    }
+}
+
+/// The turns of one record, and the tools the model may call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Conversation<'a> {
+    /// The turns, in order.
+    pub messages: Vec<Message<'a>>,
+    /// The `tools` array of the record: JSON schemas, passed to the template as they are.
+    pub tools: Option<Value<'a>>,
+}
+
+/// Which fields of a record hold what, for records that are not `messages`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldMapping {
+    /// Field of the system prompt; a record may lack it.
+    pub system_key: Option<String>,
+    /// Field of the prompt; required.
+    pub prompt_key: String,
+    /// Field appended to the prompt after a newline; a record may lack it.
+    pub query_key: Option<String>,
+    /// Field of the answer; required.
+    pub response_key: String,
+}
+
+impl Default for FieldMapping {
+    fn default() -> Self {
+        Self { system_key: None, prompt_key: "instruction".into(), query_key: None, response_key: "output".into() }
+    }
+}
+
+impl<'a> Conversation<'a> {
+    /// Reads a record: `messages` (OpenAI's shape, `tools` beside it) where it has that key, the mapped fields otherwise.
+    ///
+    /// The user's text is the prompt, or the prompt, a newline and the query where the query is not empty. A system field
+    /// that is missing, null or empty makes no system message, so that the template's own default applies.
+    ///
+    /// # Errors
+    /// Every error is of class [`Input`](crate::error::ErrorClass::Input) and carries the byte offset in the record.
+    pub fn from_record(record: Value<'a>, mapping: &FieldMapping) -> Result<Self> {
+        let type_name = record.type_name();
+        let Data::Object(mut members) = record.data else {
+            return Err(Error::new(ErrorKind::WrongType, format!("expected a record (an object), found {type_name}"))
+                .at_offset(record.offset));
+        };
+        refuse_repeated_keys(&members, "")?;
+        match take(&mut members, "messages") {
+            Some(messages) => Self::from_messages(messages, take(&mut members, "tools")),
+            None => Self::from_fields(members, record.offset, mapping),
+        }
+    }
+
+    fn from_fields(mut members: Vec<Member<'a>>, offset: usize, mapping: &FieldMapping) -> Result<Self> {
+        let mut messages = Vec::with_capacity(3);
+        if let Some(key) = &mapping.system_key
+            && let Some(system) = optional_text(&mut members, key)?
+        {
+            messages.push(Message::new(Role::System, system));
+        }
+        let query = match &mapping.query_key {
+            Some(key) => optional_text(&mut members, key)?,
+            None => None,
+        };
+        let prompt = required_text(&mut members, &mapping.prompt_key, "prompt_key", offset)?;
+        let response = required_text(&mut members, &mapping.response_key, "response_key", offset)?;
+        let (prompt, prompt_offset) = prompt;
+        if prompt.is_empty() && query.is_none() {
+            return Err(Error::new(ErrorKind::EmptyPrompt, "expected a prompt, found an empty text")
+                .at_offset(prompt_offset)
+                .at_location(&*mapping.prompt_key));
+        }
+        let user = match query {
+            Some(query) => Cow::Owned([&*prompt, &*query].join("\n")),
+            None => prompt,
+        };
+        let (response, response_offset) = response;
+        if response.trim().is_empty() {
+            return Err(empty_answer(response_offset, &mapping.response_key));
+        }
+        messages.push(Message::new(Role::User, user));
+        messages.push(Message::new(Role::Assistant, response));
+        Ok(Self { messages, tools: None })
+    }
+
+    fn from_messages(messages: Value<'a>, tools: Option<Value<'a>>) -> Result<Self> {
+        let offset = messages.offset;
+        let type_name = messages.type_name();
+        let Data::Array(values) = messages.data else {
+            return Err(wrong_type("an array of messages", type_name, offset, "messages"));
+        };
+        let mut conversation = Self { messages: Vec::with_capacity(values.len()), tools: None };
+        for (index, value) in values.into_iter().enumerate() {
+            conversation.messages.push(Message::from_value(value, index)?);
+        }
+        if !conversation.messages.iter().any(|message| message.role == Role::Assistant) {
+            return Err(Error::new(ErrorKind::NoAnswer, "expected at least one assistant message, found none")
+                .at_offset(offset)
+                .at_location("messages"));
+        }
+        match tools {
+            None | Some(Value { data: Data::Null, .. }) => {}
+            Some(Value { data: Data::Array(ref schemas), .. }) if schemas.is_empty() => {}
+            Some(tools @ Value { data: Data::Array(_), .. }) => conversation.tools = Some(tools),
+            Some(tools) => return Err(wrong_type("an array of tools", tools.type_name(), tools.offset, "tools")),
+        }
+        Ok(conversation)
+    }
+}
+
+impl<'a> Message<'a> {
+    fn from_value(value: Value<'a>, index: usize) -> Result<Self> {
+        let place = || format!("messages[{index}]");
+        let offset = value.offset;
+        let type_name = value.type_name();
+        let Data::Object(fields) = value.data else {
+            return Err(wrong_type("a message (an object)", type_name, offset, &place()));
+        };
+        refuse_repeated_keys(&fields, &format!("{}.", place()))?;
+        let find = |key: &str| fields.iter().find(|member| member.key == key).map(|member| &member.value);
+        let missing = |key: &str| {
+            let found: Vec<_> = fields.iter().map(|member| &*member.key).collect();
+            Error::new(ErrorKind::MissingKey, format!("expected the key '{key}', found {}", quoted(&found)))
+                .at_offset(offset)
+                .at_location(place())
+        };
+
+        let role = find("role").ok_or_else(|| missing("role"))?;
+        let name = role
+            .as_str()
+            .ok_or_else(|| wrong_type("a string", role.type_name(), role.offset, &format!("{}.role", place())))?;
+        let role = Role::ALL.into_iter().find(|known| known.as_str() == name).ok_or_else(|| {
+            let known = Role::ALL.map(Role::as_str);
+            Error::new(ErrorKind::UnknownRole, format!("expected a role of {}, found '{name}'", quoted(&known)))
+                .at_offset(role.offset)
+                .at_location(format!("{}.role", place()))
+        })?;
+
+        let calls_tools =
+            matches!(find("tool_calls"), Some(Value { data: Data::Array(calls), .. }) if !calls.is_empty());
+        let is_answer = role == Role::Assistant && !calls_tools;
+        match find("content") {
+            None if is_answer || role != Role::Assistant => return Err(missing("content")),
+            None => {}
+            Some(Value { data: Data::Null, .. }) if !is_answer && role == Role::Assistant => {}
+            Some(content) => match &content.data {
+                Data::String(text) if is_answer && text.trim().is_empty() => {
+                    return Err(empty_answer(content.offset, &format!("{}.content", place())));
+                }
+                Data::Array(parts) if is_answer && parts.is_empty() => {
+                    return Err(empty_answer(content.offset, &format!("{}.content", place())));
+                }
+                Data::String(_) | Data::Array(_) => {}
+                _ => {
+                    let place = format!("{}.content", place());
+                    return Err(wrong_type("a text or a list of parts", content.type_name(), content.offset, &place));
+                }
+            },
+        }
+        Ok(Self { role, fields })
+    }
+}
+
+fn refuse_repeated_keys(members: &[Member<'_>], place: &str) -> Result<()> {
+    for (index, member) in members.iter().enumerate() {
+        if members[..index].iter().any(|earlier| earlier.key == member.key) {
+            return Err(Error::new(
+                ErrorKind::DuplicateKey,
+                format!("expected each key once, found '{}' twice", member.key),
+            )
+            .at_offset(member.offset)
+            .at_location(format!("{place}{}", member.key)));
+        }
+    }
+    Ok(())
+}
+
+fn take<'a>(members: &mut Vec<Member<'a>>, key: &str) -> Option<Value<'a>> {
+    let index = members.iter().position(|member| member.key == key)?;
+    Some(members.swap_remove(index).value)
+}
+
+fn optional_text<'a>(members: &mut Vec<Member<'a>>, key: &str) -> Result<Option<Cow<'a, str>>> {
+    match take(members, key) {
+        None | Some(Value { data: Data::Null, .. }) => Ok(None),
+        Some(Value { data: Data::String(text), .. }) => Ok((!text.is_empty()).then_some(text)),
+        Some(value) => Err(wrong_type("a string", value.type_name(), value.offset, key)),
+    }
+}
+
+fn required_text<'a>(
+    members: &mut Vec<Member<'a>>,
+    key: &str,
+    option: &str,
+    record_offset: usize,
+) -> Result<(Cow<'a, str>, usize)> {
+    match take(members, key) {
+        Some(Value { data: Data::String(text), offset }) => Ok((text, offset)),
+        Some(value) => Err(wrong_type("a string", value.type_name(), value.offset, key)),
+        None => {
+            let found: Vec<_> = members.iter().map(|member| &*member.key).collect();
+            Err(Error::new(ErrorKind::MissingKey, format!("expected the key '{key}', found {}", quoted(&found)))
+                .at_offset(record_offset)
+                .with_hint(format!("set {option} to the field that holds it, or give the record a 'messages' array")))
+        }
+    }
+}
+
+fn quoted(names: &[&str]) -> String {
+    match names {
+        [] => "no keys".into(),
+        names => names.iter().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", "),
+    }
+}
+
+fn wrong_type(expected: &str, found: &str, offset: usize, location: &str) -> Error {
+    Error::new(ErrorKind::WrongType, format!("expected {expected}, found {found}"))
+        .at_offset(offset)
+        .at_location(location)
+}
+
+fn empty_answer(offset: usize, location: &str) -> Error {
+    Error::new(ErrorKind::EmptyAnswer, "expected an answer to learn, found an empty text")
+        .at_offset(offset)
+        .at_location(location)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::json::parse;
+
+    fn read(text: &str) -> Result<Conversation<'_>> {
+        let mapping = FieldMapping {
+            system_key: Some("system".into()),
+            query_key: Some("input".into()),
+            ..FieldMapping::default()
+        };
+        Conversation::from_record(parse(text).unwrap(), &mapping)
+    }
+
+    fn turns(text: &str) -> Vec<(&'static str, String)> {
+        let conversation = read(text).unwrap();
+        let content = |message: &Message<'_>| message.get("content").unwrap().as_str().unwrap().to_owned();
+        conversation.messages.iter().map(|message| (message.role.as_str(), content(message))).collect()
+    }
+
+    fn failure(text: &str) -> (&'static str, char, Option<String>) {
+        let error = read(text).unwrap_err();
+        let found = text[error.offset().unwrap()..].chars().next().unwrap();
+        (error.kind().code(), found, error.location().map(Into::into))
+    }
+
+    // The user's text is prompt, newline, query; system and query are left out where the record leaves them out.
+    #[test]
+    fn fields_become_messages() {
+        assert_eq!(
+            vec![("system", "s".into()), ("user", "p\nq".into()), ("assistant", "a".into())],
+            turns(r#"{"system":"s","instruction":"p","input":"q","output":"a"}"#)
+        );
+        assert_eq!(
+            vec![("user", "p".into()), ("assistant", "a".into())],
+            turns(r#"{"system":null,"instruction":"p","input":"","output":"a","other":[1]}"#)
+        );
+    }
+
+    // `messages` keeps every field of every message, and the tools.
+    #[test]
+    fn messages_are_kept_whole() {
+        let text = r#"{"tools":[{"name":"f"}],"messages":[{"role":"user","content":"q","name":"n"},
+            {"role":"assistant","content":null,"tool_calls":[{}]},{"role":"tool","content":"r"},{"role":"assistant","content":"a"}]}"#;
+        let conversation = read(text).unwrap();
+
+        assert_eq!(4, conversation.messages.len());
+        assert_eq!(Some("n"), conversation.messages[0].get("name").and_then(Value::as_str));
+        assert!(conversation.tools.is_some());
+    }
+
+    // Every bad record is refused by name, at the byte of the offending value, with its place in the record.
+    #[test]
+    fn bad_records_are_named() {
+        let at = |place: &str| Some(place.to_owned());
+        assert_eq!(("wrong_type", '[', None), failure("[1]"));
+        assert_eq!(("missing_key", '{', None), failure(r#"{"instruction":"p"}"#));
+        assert_eq!(("wrong_type", '7', at("output")), failure(r#"{"instruction":"p","output":7}"#));
+        assert_eq!(("wrong_type", 'n', at("output")), failure(r#"{"instruction":"p","output":null}"#));
+        assert_eq!(("wrong_type", '[', at("input")), failure(r#"{"instruction":"p","input":[],"output":"a"}"#));
+        assert_eq!(("empty_prompt", '"', at("instruction")), failure(r#"{"instruction":"","output":"a"}"#));
+        assert_eq!(("empty_answer", '"', at("output")), failure(r#"{"instruction":"p","output":" \n"}"#));
+        assert_eq!(("duplicate_key", '"', at("output")), failure(r#"{"instruction":"p","output":"a","output":"b"}"#));
+        assert_eq!(("wrong_type", '{', at("messages")), failure(r#"{"messages":{}}"#));
+        assert_eq!(("no_answer", '[', at("messages")), failure(r#"{"messages":[{"role":"user","content":"x"}]}"#));
+        assert_eq!(("wrong_type", '3', at("messages[0]")), failure(r#"{"messages":[3]}"#));
+        assert_eq!(("missing_key", '{', at("messages[0]")), failure(r#"{"messages":[{"content":"x"}]}"#));
+        assert_eq!(("missing_key", '{', at("messages[0]")), failure(r#"{"messages":[{"role":"user"}]}"#));
+        assert_eq!(
+            ("unknown_role", '"', at("messages[0].role")),
+            failure(r#"{"messages":[{"role":"robot","content":"x"}]}"#)
+        );
+        assert_eq!(
+            ("wrong_type", 'n', at("messages[0].content")),
+            failure(r#"{"messages":[{"role":"user","content":null}]}"#)
+        );
+        assert_eq!(
+            ("empty_answer", '"', at("messages[0].content")),
+            failure(r#"{"messages":[{"role":"assistant","content":""}]}"#)
+        );
+        assert_eq!(
+            ("wrong_type", '5', at("tools")),
+            failure(r#"{"tools":5,"messages":[{"role":"assistant","content":"a"}]}"#)
+        );
+    }
+}
