@@ -1,0 +1,374 @@
+"""What a configuration holds: one dataclass a section, each field with its type, its bounds and its meaning.
+
+The names and defaults are those of ROLL's SFT pipeline, so that its YAML files load unchanged; the few keys of our own
+say so. The string below a field is its documentation: `docs/configuration.md` is generated from it. Keys of ROLL that
+nothing here acts on are listed in `roll.py`; reading YAML is the business of `load.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from sft_fast.config.values import AtLeast, Between, MoreThan, check_values, parse_device_mapping
+from sft_fast.errors import ConfigError
+
+PositiveInt = Annotated[int, AtLeast(1)]
+CountOrZero = Annotated[int, AtLeast(0)]
+PositiveFloat = Annotated[float, MoreThan(0)]
+FloatOrZero = Annotated[float, AtLeast(0)]
+Fraction = Annotated[float, Between(0, 1)]
+
+SchedulerName = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """The model: where it is, in which precision it trains, and which of its weights are trained."""
+
+    model_name_or_path: str | None = None
+    """The model directory. `pretrain` is copied here; set that one."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of the forward and backward pass. Master weights and optimizer state stay in 32 bits."""
+
+    attn_implementation: Literal["auto", "sdpa", "eager", "fa2", "flash_attention_2"] | None = None
+    """Attention kernel. `null` and `auto` take the fastest that the machine has and that is exact on packs."""
+
+    disable_gradient_checkpointing: bool = False
+    """True keeps all activations: faster, but more memory."""
+
+    model_config_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Entries that replace those of the model's own `config.json`."""
+
+    freeze_module_prefix: str | list[str] | None = None
+    """Modules whose weights do not train: name prefixes, as a list or separated by commas."""
+
+    lora_target: str | list[str] | None = None
+    """Modules that get a LoRA adapter: names (a list, or separated by commas), a regular expression, or `all-linear`.
+    `null` trains all weights."""
+
+    lora_rank: PositiveInt = 8
+    """Rank of the LoRA matrices."""
+
+    lora_alpha: PositiveFloat | None = None
+    """LoRA scale is `lora_alpha / lora_rank`. `null` means twice the rank."""
+
+    lora_dropout: Fraction = 0.0
+    """Dropout on the input of the LoRA matrices."""
+
+    additional_target: str | list[str] | None = None
+    """Modules trained in full and saved beside the LoRA adapters: names, as a list or separated by commas."""
+
+
+@dataclass(kw_only=True)
+class TrainingArguments:
+    """Batch sizes, length of the run, optimizer and schedule."""
+
+    num_train_epochs: PositiveFloat = 1.0
+    """Passes over the data; a fraction is allowed."""
+
+    max_steps: int = -1
+    """Optimizer steps of the run. Above 0 it replaces `num_train_epochs`."""
+
+    per_device_train_batch_size: PositiveInt = 8
+    """Rows of one micro-batch on one device: packs with `use_sequence_packing`, samples without."""
+
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches of one optimizer step on one device."""
+
+    learning_rate: FloatOrZero = 5e-5
+    """Highest learning rate of the schedule."""
+
+    lr_scheduler_type: SchedulerName = "linear"
+    """Shape of the learning-rate schedule, by its name in `transformers`."""
+
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of that schedule, such as `min_lr`. Ours."""
+
+    warmup_ratio: Fraction = 0.0
+    """Share of all steps in which the learning rate rises from 0."""
+
+    warmup_steps: CountOrZero = 0
+    """The same as a number of steps. Above 0 it replaces `warmup_ratio`."""
+
+    weight_decay: FloatOrZero = 0.0
+    """Weight decay of AdamW. Norm weights and biases are exempt."""
+
+    adam_beta1: Fraction = 0.9
+    """AdamW: decay of the running mean of the gradient."""
+
+    adam_beta2: Fraction = 0.999
+    """AdamW: decay of the running mean of its square."""
+
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW: term that keeps the divisor above zero. Ours."""
+
+    data_seed: int | None = None
+    """Seed of the sample order. `null` takes `seed`."""
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of warm-up in a run of `num_training_steps`: `warmup_steps` if given, else the ratio, rounded up."""
+        return self.warmup_steps or -int(-self.warmup_ratio * num_training_steps // 1)
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Files of records and how they become samples."""
+
+    file_name: str | list[str] | None = None
+    """JSONL or JSON files: a path, a glob, or a list of both."""
+
+    template: str = "native"
+    """Chat template: `native` is the tokenizer's own, other names are built in. `global_template` replaces it."""
+
+    preprocessing_num_workers: PositiveInt | None = None
+    """Threads that preprocess. `null`: one a core."""
+
+
+@dataclass(kw_only=True)
+class StrategyArguments:
+    """How the model is spread over the devices."""
+
+    strategy_name: str = "deepspeed_train"
+    """Training backend: `deepspeed_train`."""
+
+    strategy_config: dict[str, Any] = field(default_factory=dict)
+    """Settings of that backend, here a DeepSpeed configuration. The groups `strategy/deepspeed_zero*` fill it."""
+
+
+@dataclass(kw_only=True)
+class WorkerConfig:
+    """The training role: model, data, schedule, devices."""
+
+    model_args: ModelArguments = field(default_factory=ModelArguments)
+    """The model."""
+
+    training_args: TrainingArguments = field(default_factory=TrainingArguments)
+    """Batch sizes, length of the run, optimizer and schedule."""
+
+    data_args: DataArguments = field(default_factory=DataArguments)
+    """The training data."""
+
+    strategy_args: StrategyArguments = field(default_factory=StrategyArguments)
+    """How the model is spread over the devices."""
+
+    device_mapping: list[int] | str | None = None
+    """Devices of the role, one rank each: a list or the text `list(range(0,8))`, which is parsed and never evaluated.
+    Device `d` is on node `d // num_gpus_per_node`. `null`: device 0."""
+
+    use_sequence_packing: bool = False
+    """True puts several samples into each row of `sequence_length` tokens; attention stays within each sample."""
+
+    infer_batch_size: PositiveInt = 16
+    """Rows of one micro-batch on one device in validation."""
+
+    system_envs: dict[str, Any] = field(default_factory=dict)
+    """Environment variables of the training processes; they win over the `system_envs` of the whole run."""
+
+    @property
+    def devices(self) -> list[int]:
+        """`device_mapping` as a list: the device of each rank."""
+        assert isinstance(self.device_mapping, list), "checked and parsed when the configuration was made"
+        return self.device_mapping
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.devices)
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Validation data. There is no validation role: the training workers validate."""
+
+    data_args: DataArguments = field(default_factory=DataArguments)
+    """Only `file_name` counts; template and threads are those of training."""
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """A whole run. Making one checks every value and fills what follows from others.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of bounds; `location` is the full name of its key.
+    """
+
+    pretrain: str
+    """Directory of the model to start from, with its tokenizer. Required."""
+
+    sequence_length: PositiveInt
+    """Most tokens of a sample, and the capacity of a pack. Required."""
+
+    exp_name: str = "sft"
+    """Name of the run, for its logs and trackers."""
+
+    seed: int = 42
+    """Seed of everything random."""
+
+    output_dir: str = "./output"
+    """Where checkpoints go: `<output_dir>/sft_train/checkpoint-<step>/<cluster_name>/`."""
+
+    logging_dir: str = "./output/logs"
+    """Where logs, metrics and the resolved configuration go."""
+
+    track_with: Literal["tensorboard", "wandb", "stdout"] | None = "tensorboard"
+    """Where metrics are sent besides `metrics.jsonl`."""
+
+    tracker_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the tracker, such as `log_dir` (TensorBoard) or `project` (Weights & Biases)."""
+
+    num_gpus_per_node: CountOrZero | None = None
+    """GPUs of each machine. 0: the ranks run on the CPU. `null`: what the machine has."""
+
+    save_steps: CountOrZero = 50
+    """Steps between checkpoints. The end of the run always writes one; 0 writes only that one."""
+
+    max_ckpt_to_keep: CountOrZero = 0
+    """Newest checkpoints to keep. 0 keeps all."""
+
+    logging_steps: PositiveInt = 1
+    """Steps between logged metrics."""
+
+    eval_steps: CountOrZero = 10
+    """Steps between validations. The end of the run always validates; 0 validates only there."""
+
+    resume_from_checkpoint: bool | str = False
+    """`true`: the newest complete checkpoint under `output_dir`, or a fresh start if there is none. A path: that one."""
+
+    max_grad_norm: FloatOrZero = 1.0
+    """Gradients are scaled down to at most this norm. 0 leaves them."""
+
+    system_key: str | None = None
+    """Field of a record that holds its system prompt."""
+
+    prompt_key: str = "instruction"
+    """Field that holds the prompt."""
+
+    query_key: str | None = None
+    """Field that holds further input; where it is not empty, it follows the prompt on a new line."""
+
+    response_key: str = "output"
+    """Field that holds the answer, which is what trains."""
+
+    global_template: str | None = None
+    """Chat template of the whole run; replaces `sft_train.data_args.template`."""
+
+    validation: ValidationConfig | None = None
+    """Validation data. Without `validation.data_args.file_name` there is no validation."""
+
+    sft_train: WorkerConfig = field(default_factory=WorkerConfig)
+    """The training role."""
+
+    system_envs: dict[str, Any] = field(default_factory=dict)
+    """Environment variables of all processes of the run."""
+
+    data_cache_dir: str = "./output/data"
+    """Where preprocessed data sets are kept and found again, one directory a fingerprint. Ours."""
+
+    export_dir: str | None = None
+    """Where the trained model goes at the end, as an ordinary model directory. `null`: nowhere. Ours."""
+
+    on_error: Literal["raise", "skip"] = "raise"
+    """A record that is wrong: `raise` stops, `skip` sets it aside in `rejected.jsonl` and goes on. Ours."""
+
+    too_long: Literal["reject", "truncate"] = "reject"
+    """A sample of more than `sequence_length` tokens: `reject` leaves it out and counts it, `truncate` cuts its end.
+    Ours."""
+
+    notes: list[str] = field(default_factory=list, init=False, compare=False)
+    """What the reader of the configuration should be told once; filled by `load_config`, not a key."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        train = self.sft_train
+        train.device_mapping = parse_device_mapping(train.device_mapping, "sft_train.device_mapping")
+        train.data_args.template = self.template
+        model = train.model_args
+        model.model_name_or_path = self.pretrain
+        model.lora_alpha = 2.0 * model.lora_rank if model.lora_alpha is None else model.lora_alpha
+        model.freeze_module_prefix = _names(model.freeze_module_prefix)
+        model.additional_target = _names(model.additional_target)
+        if isinstance(model.lora_target, str) and re.fullmatch(r"[\w.\s-]+(,[\w.\s-]+)+", model.lora_target):
+            model.lora_target = _names(model.lora_target)
+        if train.training_args.data_seed is None:
+            train.training_args.data_seed = self.seed
+        train.system_envs = _texts(train.system_envs, "sft_train.system_envs")
+        self.system_envs = _texts(self.system_envs, "system_envs")
+        if not train.data_args.file_name:
+            raise ConfigError(
+                "no training data is named",
+                code="missing_key",
+                location="sft_train.data_args.file_name",
+                hint="name a JSONL or JSON file, a glob, or a list of them",
+            )
+        if train.world_size % self.model_parallel_size:
+            raise ConfigError(
+                f"{train.world_size} ranks cannot be split into groups of {self.model_parallel_size}",
+                code="parallel_size",
+                location="sft_train.strategy_args.strategy_config.tensor_parallel.autotp_size",
+                hint="the length of sft_train.device_mapping must be a multiple of it",
+            )
+
+    @property
+    def template(self) -> str:
+        """The chat template of the run."""
+        return self.global_template or self.sft_train.data_args.template
+
+    @property
+    def validation_file_name(self) -> str | list[str] | None:
+        """The validation files as written, or None where there is no validation."""
+        return (self.validation.data_args.file_name or None) if self.validation else None
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one model and read the same data: DeepSpeed's `tensor_parallel.autotp_size`."""
+        tensor_parallel = self.sft_train.strategy_args.strategy_config.get("tensor_parallel")
+        size = tensor_parallel.get("autotp_size") if isinstance(tensor_parallel, dict) else None
+        return size if isinstance(size, int) and size > 0 else 1
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks, or groups of them, that read different data."""
+        return self.sft_train.world_size // self.model_parallel_size
+
+    @property
+    def num_rows_per_step(self) -> int:
+        """Rows of a global batch: rows of a micro-batch, times micro-batches, times ranks that read different data."""
+        arguments = self.sft_train.training_args
+        rows_per_rank = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        return rows_per_rank * self.data_parallel_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain dictionaries, lists and scalars; `notes` left out."""
+        values = dataclasses.asdict(self)
+        del values["notes"]
+        return values
+
+
+def _names(value: str | list[str] | None) -> list[str] | None:
+    """A list of names from a list, or from a text that separates them by commas."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _texts(variables: dict[str, Any], key: str) -> dict[str, Any]:
+    """Environment variables as texts; YAML reads an unquoted 1 as a number, which can only mean the text."""
+    for name, value in variables.items():
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ConfigError(
+                f"expected a text, found {value}", code="wrong_type", location=f"{key}.{name}", hint="put it in quotes"
+            )
+    return {name: str(value) for name, value in variables.items()}
