@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,19 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from sft_fast.config.roll import NOT_ACTED_ON, take_out
 from sft_fast.config.schema import SFTConfig
 from sft_fast.config.values import build, field_types, nearest_key
 from sft_fast.errors import ConfigError, FileError
 
 PACKAGED_CONFIGS = "sft_fast.configs"
+
+# Stands where an error names its file, when the value came from an override.
+COMMAND_LINE = "command line"
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth|cookie", re.IGNORECASE)
 _SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
@@ -57,7 +60,7 @@ def load_config(config_path: str | os.PathLike[str], config_name: str, overrides
         FileError: there is no such directory or file.
         ConfigError: the YAML is broken, a key is unknown or missing, or a value is wrong.
     """
-    directory = os.path.abspath(config_path)
+    directory = os.fspath(config_path)
     name = config_name.removesuffix(".yaml")
     file = _find_file(directory, name)
     values = _compose(directory, name, file, overrides)
@@ -130,7 +133,9 @@ def _compose(directory: str, name: str, file: Path, overrides: Sequence[str]) ->
     """Hydra's answer as plain dictionaries, or its error in our words."""
     Plugins.instance().register(_PackagedGroups)
     try:
-        with initialize_config_dir(config_dir=directory, version_base="1.3"):
+        with warnings.catch_warnings(), initialize_config_dir(os.path.abspath(directory), version_base="1.3"):
+            # Without `_self_` the file wins over its groups, which is what everyone expects.
+            warnings.filterwarnings("ignore", message=".*Defaults list is missing `_self_`")
             composed = compose(config_name=name, overrides=[_as_hydra_override(text) for text in overrides])
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except yaml.MarkedYAMLError as error:
@@ -143,8 +148,16 @@ def _compose(directory: str, name: str, file: Path, overrides: Sequence[str]) ->
             column=mark.column + 1 if mark else None,
         ) from error
     except OmegaConfBaseException as error:
+        key = error.full_key or None
+        code = "missing_key" if isinstance(error, MissingMandatoryValue) else "interpolation"
+        raise ConfigError(str(error).splitlines()[0], code=code, path=str(file), location=key) from error
+    except OverrideParseException as error:
         raise ConfigError(
-            str(error).splitlines()[0], code="interpolation", path=str(file), location=error.full_key or None
+            f"cannot read {error.override.removeprefix('++')}",
+            code="override",
+            path=COMMAND_LINE,
+            hint="an override is key=value; a value with brackets, commas or spaces needs quotes of its own: "
+            "'key=\"list(range(0, 8))\"'",
         ) from error
     except HydraException as error:
         _raise_unknown_override(overrides, error)
@@ -171,8 +184,9 @@ def _raise_unknown_override(overrides: Sequence[str], error: HydraException) -> 
         is_plain = bool(equals) and re.fullmatch(r"[\w.]+", key) is not None
         if is_plain and key.split(".")[0] not in _top_level_keys() and key in str(error):
             raise ConfigError(
-                f'unknown key "{key}" on the command line',
+                f'unknown key "{key}"',
                 code="unknown_key",
+                path=COMMAND_LINE,
                 location=key,
                 hint=f"the nearest known key is {nearest_key(key, SFTConfig)}",
             ) from error
@@ -184,7 +198,7 @@ def _add_position(error: ConfigError, file: Path, overrides: Sequence[str]) -> N
     if error.location is None:
         return
     if any(text.lstrip("+").partition("=")[0] == error.location for text in overrides):
-        error.path = "command line"
+        error.path = COMMAND_LINE
         return
     try:
         node: yaml.Node | None = yaml.compose(file.read_text(encoding="utf-8"))

@@ -12,14 +12,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from sft_fast.config.values import AtLeast, Between, MoreThan, check_values, parse_device_mapping
+from sft_fast.config.values import Bound, check_values, parse_device_mapping
 from sft_fast.errors import ConfigError
 
-PositiveInt = Annotated[int, AtLeast(1)]
-CountOrZero = Annotated[int, AtLeast(0)]
-PositiveFloat = Annotated[float, MoreThan(0)]
-FloatOrZero = Annotated[float, AtLeast(0)]
-Fraction = Annotated[float, Between(0, 1)]
+PositiveInt = Annotated[int, Bound(at_least=1)]
+CountOrZero = Annotated[int, Bound(at_least=0)]
+PositiveFloat = Annotated[float, Bound(more_than=0)]
+FloatOrZero = Annotated[float, Bound(at_least=0)]
+Share = Annotated[float, Bound(at_least=0, at_most=1)]
+ShareBelowOne = Annotated[float, Bound(at_least=0, less_than=1)]
 
 SchedulerName = Literal[
     "linear",
@@ -67,7 +68,7 @@ class ModelArguments:
     lora_alpha: PositiveFloat | None = None
     """LoRA scale is `lora_alpha / lora_rank`. `null` means twice the rank."""
 
-    lora_dropout: Fraction = 0.0
+    lora_dropout: ShareBelowOne = 0.0
     """Dropout on the input of the LoRA matrices."""
 
     additional_target: str | list[str] | None = None
@@ -99,7 +100,7 @@ class TrainingArguments:
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of that schedule, such as `min_lr`. Ours."""
 
-    warmup_ratio: Fraction = 0.0
+    warmup_ratio: Share = 0.0
     """Share of all steps in which the learning rate rises from 0."""
 
     warmup_steps: CountOrZero = 0
@@ -108,10 +109,10 @@ class TrainingArguments:
     weight_decay: FloatOrZero = 0.0
     """Weight decay of AdamW. Norm weights and biases are exempt."""
 
-    adam_beta1: Fraction = 0.9
+    adam_beta1: ShareBelowOne = 0.9
     """AdamW: decay of the running mean of the gradient."""
 
-    adam_beta2: Fraction = 0.999
+    adam_beta2: ShareBelowOne = 0.999
     """AdamW: decay of the running mean of its square."""
 
     adam_epsilon: PositiveFloat = 1e-8
@@ -247,7 +248,7 @@ class SFTConfig:
     """Steps between validations. The end of the run always validates; 0 validates only there."""
 
     resume_from_checkpoint: bool | str = False
-    """`true`: the newest complete checkpoint under `output_dir`, or a fresh start if there is none. A path: that one."""
+    """`true`: the newest complete checkpoint under `output_dir`; a fresh start if there is none. A path: that one."""
 
     max_grad_norm: FloatOrZero = 1.0
     """Gradients are scaled down to at most this norm. 0 leaves them."""

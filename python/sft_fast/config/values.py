@@ -24,47 +24,27 @@ Section = TypeVar("Section")
 MAX_DEVICES = 65_536
 
 
-@dataclass(frozen=True)
-class AtLeast:
-    """Bound of a number: `low` or more."""
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What a number must keep to."""
 
-    low: float
-
-    def __str__(self) -> str:
-        return f"at least {self.low:g}"
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` keeps the bound."""
-        return value >= self.low
-
-
-@dataclass(frozen=True)
-class MoreThan:
-    """Bound of a number: more than `low`."""
-
-    low: float
+    at_least: float | None = None
+    more_than: float | None = None
+    at_most: float | None = None
+    less_than: float | None = None
 
     def __str__(self) -> str:
-        return f"more than {self.low:g}"
+        words = ((name.replace("_", " "), limit) for name, limit in dataclasses.asdict(self).items())
+        return " and ".join(f"{word} {limit:g}" for word, limit in words if limit is not None)
 
     def holds(self, value: float) -> bool:
-        """Whether `value` keeps the bound."""
-        return value > self.low
-
-
-@dataclass(frozen=True)
-class Between:
-    """Bound of a number: from `low` to `high`, both included."""
-
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"from {self.low:g} to {self.high:g}"
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` keeps the bound."""
-        return self.low <= value <= self.high
+        """Whether `value` keeps to it."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.more_than is None or value > self.more_than)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.less_than is None or value < self.less_than)
+        )
 
 
 def field_types(section: type) -> dict[str, Any]:
