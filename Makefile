@@ -1,0 +1,64 @@
+# The few commands that a contributor needs. Each sets up .venv first where it has to; `make help` lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Touched when the environment is complete; older than a source of the extension, it is made again.
+INSTALLED := $(VENV)/.sft-fast-installed
+SOURCES := pyproject.toml Cargo.toml Cargo.lock rust-toolchain.toml scripts/install \
+	$(shell find rust -name '*.rs' -o -name 'Cargo.toml' | grep -v /target/)
+
+.PHONY: help
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+.PHONY: setup
+setup: $(INSTALLED)  ## create .venv with every dependency and a release build of the extension
+
+$(INSTALLED): $(SOURCES)
+	./scripts/install
+	@touch $@
+
+.PHONY: build
+build: $(INSTALLED)  ## build a wheel into dist/
+	$(BIN)/maturin build --release --out dist
+
+.PHONY: demo
+demo: $(INSTALLED)  ## fine-tune a small real model on this machine, and show what it learned
+	$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: $(INSTALLED)  ## run all tests, Rust and Python
+	cargo test --locked --workspace
+	$(BIN)/pytest
+
+.PHONY: lint
+lint: $(INSTALLED)  ## check formatting, lints and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+.PHONY: format
+format: $(INSTALLED)  ## format everything and apply safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	cargo fmt --all
+
+.PHONY: docs
+docs: $(INSTALLED)  ## write the generated parts of docs/
+	$(BIN)/python docs/generate_configuration.py
+
+.PHONY: bench
+bench: $(INSTALLED)  ## measure preprocessing on this machine
+	cargo bench --locked --workspace
+
+.PHONY: clean
+clean:  ## remove what builds and runs leave behind; .venv stays
+	cargo clean
+	rm -rf build dist output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
