@@ -5,8 +5,14 @@
 //! [`sample`]) → shards and manifest ([`shard`], [`manifest`]) → packs ([`pack`]) → steps ([`plan`]) → batches ([`batch`]).
 //! [`preprocess`] drives the first half on all cores. No Python, no torch, no global state.
 
+pub mod batch;
 pub mod conversation;
 pub mod error;
 pub mod json;
+pub mod manifest;
+pub mod sample;
+pub mod shard;
+pub mod source;
+pub mod tokenize;
 
 pub use error::{Error, ErrorClass, ErrorKind, Position, Result};

@@ -1,0 +1,293 @@
+//! The index of a dataset, its fingerprint, and the dataset opened for reading.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::shard::{Shard, ShardInfo, TokenIds, TokenType, sha256};
+
+/// File name of the manifest. It is written last: where it is, the dataset is whole.
+pub const MANIFEST_NAME: &str = "manifest.json";
+/// File name of the list of rejected records.
+pub const REJECTED_NAME: &str = "rejected.jsonl";
+/// What the key `format` of a manifest says.
+pub const DATASET_FORMAT: &str = "sft-fast dataset";
+/// Version of the format, part of the fingerprint.
+pub const FORMAT_VERSION: u32 = 1;
+/// A manifest that is larger is not read.
+const MAX_MANIFEST_BYTES: u64 = 256 << 20;
+
+/// One input file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceInfo {
+    /// The path as it was given.
+    pub path: String,
+    /// Size in bytes.
+    pub num_bytes: u64,
+    /// BLAKE3 of the content, in hexadecimal.
+    pub blake3: String,
+    /// Records found.
+    pub num_records: u64,
+}
+
+/// Everything but the input bytes that decides what a dataset holds. Written to the manifest, hashed into the fingerprint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Longest sample, in tokens.
+    pub sequence_length: u32,
+    /// `reject` or `truncate`.
+    pub too_long: String,
+    /// Field of the system prompt.
+    pub system_key: Option<String>,
+    /// Field of the prompt.
+    pub prompt_key: String,
+    /// Field of the query.
+    pub query_key: Option<String>,
+    /// Field of the answer.
+    pub response_key: String,
+    /// SHA-256 of `tokenizer.json`.
+    pub tokenizer_sha256: String,
+    /// SHA-256 of the chat template's text and of the special tokens that it can print.
+    pub template_sha256: String,
+    /// The date that a template sees as today, where it asks for one.
+    pub template_date: Option<String>,
+}
+
+impl Recipe {
+    /// The fingerprint of the dataset that this recipe makes of `files`: SHA-256, in hexadecimal.
+    pub fn fingerprint(&self, files: &[SourceInfo]) -> String {
+        let content: Vec<_> = files.iter().map(|file| (file.num_bytes, &file.blake3)).collect();
+        let canonical = serde_json::to_vec(&(DATASET_FORMAT, FORMAT_VERSION, self, content)).expect("plain data");
+        Sha256::digest(canonical).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// What `manifest.json` says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// [`DATASET_FORMAT`].
+    pub format: String,
+    /// [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Hash of everything that decides the content.
+    pub fingerprint: String,
+    /// What the dataset was made by, besides the files.
+    pub recipe: Recipe,
+    /// Directory of the tokenizer, as it was given.
+    pub tokenizer: String,
+    /// Name of the chat template, as it was given.
+    pub template: String,
+    /// What is known of the template: prefix-preserving, end-of-turn trained, generation markers, date-dependent.
+    pub template_verdict: serde_json::Value,
+    /// One more than the largest token id.
+    pub vocab_size: u32,
+    /// Token that fills rows; it is never trained on.
+    pub pad_token_id: u32,
+    /// Width of a token id on disk.
+    pub token_type: TokenType,
+    /// The input files.
+    pub files: Vec<SourceInfo>,
+    /// Records in the files.
+    pub num_records: u64,
+    /// Samples in the shards.
+    pub num_samples: u64,
+    /// Records left out.
+    pub num_rejected: u64,
+    /// Records left out, by reason code.
+    pub rejected_by_reason: BTreeMap<String, u64>,
+    /// Samples that lost their end.
+    pub num_truncated: u64,
+    /// Tokens of all samples.
+    pub num_tokens: u64,
+    /// Tokens with a loss.
+    pub num_label_tokens: u64,
+    /// Sample lengths in tokens: `min`, `p50`, `p90`, `p99`, `max`.
+    pub sample_tokens: BTreeMap<String, u32>,
+    /// The shards, in the order of the samples.
+    pub shards: Vec<ShardInfo>,
+}
+
+impl Manifest {
+    /// Reads and checks the manifest of the dataset in `directory`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dataset`] where there is no manifest, or one that is damaged, foreign or of another version.
+    pub fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join(MANIFEST_NAME);
+        let refuse = |what: String| Error::new(ErrorKind::Dataset, what).with_path(&path);
+        let metadata = std::fs::metadata(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
+                Error::new(ErrorKind::Dataset, format!("expected a dataset, found no {MANIFEST_NAME}"))
+                    .with_path(directory)
+                    .with_hint("make one with: sft-fast preprocess FILE … --output-dir DIR")
+            }
+            _ => Error::io("read", &path, &error),
+        })?;
+        if metadata.len() > MAX_MANIFEST_BYTES {
+            return Err(refuse(format!("expected at most {MAX_MANIFEST_BYTES} bytes, found {}", metadata.len())));
+        }
+        let bytes = std::fs::read(&path).map_err(|error| Error::io("read", &path, &error))?;
+        let damaged = |error: serde_json::Error| refuse(format!("damaged manifest: {error}"));
+        let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(damaged)?;
+        if value["format"] != DATASET_FORMAT {
+            return Err(refuse(format!("expected the format \"{DATASET_FORMAT}\", found {}", value["format"])));
+        }
+        if value["format_version"] != FORMAT_VERSION {
+            let found = &value["format_version"];
+            return Err(refuse(format!("expected format version {FORMAT_VERSION}, found {found}"))
+                .with_hint("preprocess again with this version of sft-fast"));
+        }
+        let manifest: Self = serde_json::from_value(value).map_err(damaged)?;
+        manifest.check().map_err(|what| refuse(format!("damaged manifest: {what}")))?;
+        Ok(manifest)
+    }
+
+    /// The laws that hold between the manifest's own numbers.
+    fn check(&self) -> std::result::Result<(), String> {
+        fn sum(mut counts: impl Iterator<Item = u64>) -> Option<u64> {
+            counts.try_fold(0u64, |sum, count| sum.checked_add(count))
+        }
+        let equal = |what: &str, expected: u64, found: Option<u64>| match found {
+            Some(found) if found == expected => Ok(()),
+            _ => Err(format!("expected {what} to add up to {expected}, found {found:?}")),
+        };
+        let kept_and_rejected = self.num_samples.checked_add(self.num_rejected);
+        equal("samples and rejected records", self.num_records, kept_and_rejected)?;
+        equal("records of the files", self.num_records, sum(self.files.iter().map(|file| file.num_records)))?;
+        equal("rejects by reason", self.num_rejected, sum(self.rejected_by_reason.values().copied()))?;
+        equal("samples of the shards", self.num_samples, sum(self.shards.iter().map(|shard| shard.num_samples)))?;
+        equal("tokens of the shards", self.num_tokens, sum(self.shards.iter().map(|shard| shard.num_tokens)))?;
+        match self.shards.iter().find(|shard| shard.name.contains(['/', '\\']) || shard.name.starts_with('.')) {
+            Some(shard) => Err(format!("expected the name of a file in the dataset, found {:?}", shard.name)),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes the manifest into `directory` and makes sure that it is on disk.
+    pub fn write(&self, directory: &Path) -> Result<()> {
+        let path = directory.join(MANIFEST_NAME);
+        let mut text = serde_json::to_string_pretty(self).expect("plain data");
+        text.push('\n');
+        let written = std::fs::write(&path, text).and_then(|()| std::fs::File::open(&path)?.sync_all());
+        written.map_err(|error| Error::io("write", &path, &error))
+    }
+}
+
+/// A dataset opened for reading: samples in the order of their records.
+#[derive(Debug)]
+pub struct Dataset {
+    directory: PathBuf,
+    manifest: Manifest,
+    shards: Vec<Shard>,
+    /// First sample of each shard, and the number of samples.
+    starts: Vec<usize>,
+    lengths: Vec<u32>,
+}
+
+/// One sample of a [`Dataset`].
+#[derive(Clone, Debug)]
+pub struct Sample<'a> {
+    /// Token ids.
+    pub token_ids: TokenIds<'a>,
+    shard: &'a Shard,
+    index: usize,
+}
+
+impl Sample<'_> {
+    /// Whether each token is trained on.
+    pub fn label_mask(&self) -> impl ExactSizeIterator<Item = bool> + '_ {
+        self.shard.label_mask(self.index)
+    }
+
+    /// File number and line (from 1) of the record.
+    pub fn record(&self) -> (u32, u32) {
+        self.shard.record(self.index)
+    }
+
+    /// Tokens with a loss.
+    pub fn num_label_tokens(&self) -> u64 {
+        self.shard.num_label_tokens(self.index)
+    }
+}
+
+impl Dataset {
+    /// Opens the dataset in `directory`. Checks every rule of the format but the checksums; see [`Dataset::verify`].
+    pub fn open(directory: &Path) -> Result<Self> {
+        let manifest = Manifest::read(directory)?;
+        let mut shards = Vec::with_capacity(manifest.shards.len());
+        let mut starts = vec![0];
+        let mut lengths = Vec::new();
+        for info in &manifest.shards {
+            let shard = Shard::open(directory, info, manifest.token_type, manifest.vocab_size)?;
+            lengths.extend(shard.sample_offsets().windows(2).map(|pair| pair[1] - pair[0]));
+            starts.push(lengths.len());
+            shards.push(shard);
+        }
+        Ok(Self { directory: directory.into(), manifest, shards, starts, lengths })
+    }
+
+    /// The manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Tokens of each sample.
+    pub fn lengths(&self) -> &[u32] {
+        &self.lengths
+    }
+
+    /// Sample `number`, from 0.
+    ///
+    /// # Panics
+    /// If there is no such sample.
+    pub fn sample(&self, number: usize) -> Sample<'_> {
+        let at = self.starts.partition_point(|&start| start <= number) - 1;
+        let (shard, index) = (&self.shards[at], number - self.starts[at]);
+        Sample { token_ids: shard.token_ids(index), shard, index }
+    }
+
+    /// Proves the dataset whole: checksums of all shards, token ids below the vocabulary size, label tokens as counted.
+    ///
+    /// `on_bytes` is told of progress and may stop the work.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dataset`], naming the shard and the rule.
+    pub fn verify(&self, mut on_bytes: impl FnMut(u64) -> Result<()>) -> Result<()> {
+        let mut num_label_tokens = 0;
+        for (number, info) in self.manifest.shards.iter().enumerate() {
+            let path = self.directory.join(&info.name);
+            let damaged =
+                |what: String| Error::new(ErrorKind::Dataset, format!("damaged shard: {what}")).with_path(&path);
+            let found = sha256(&path)?;
+            if found != info.sha256 {
+                return Err(damaged(format!("expected SHA-256 {}, found {found}", info.sha256))
+                    .with_hint("preprocess again; the file changed after it was written"));
+            }
+            for sample in self.starts[number]..self.starts[number + 1] {
+                let sample = self.sample(sample);
+                num_label_tokens += sample.num_label_tokens();
+                let largest = sample.token_ids.to_vec().into_iter().max().unwrap_or(0);
+                if largest >= self.manifest.vocab_size {
+                    let expected = self.manifest.vocab_size;
+                    return Err(damaged(format!("expected token ids below {expected}, found {largest}")));
+                }
+                if sample.record().0 as usize >= self.manifest.files.len() {
+                    return Err(damaged(format!("expected a file number, found {}", sample.record().0)));
+                }
+            }
+            on_bytes(info.num_bytes)?;
+        }
+        if num_label_tokens != self.manifest.num_label_tokens {
+            let expected = self.manifest.num_label_tokens;
+            let message = format!("expected {expected} label tokens, found {num_label_tokens}");
+            return Err(Error::new(ErrorKind::Dataset, message).with_path(&self.directory));
+        }
+        Ok(())
+    }
+}

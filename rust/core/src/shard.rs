@@ -1,0 +1,434 @@
+//! The bytes of one shard file: written whole, read through a memory map after every rule is checked.
+//!
+//! A shard is a safetensors file with four tensors (`docs/format.md`). For S samples of T tokens in all:
+//! `sample_offsets` U32 `[S + 1]`, `sample_records` U32 `[S, 2]` (file number, line), `token_ids` U16 or U32 `[T]`,
+//! `label_mask` U8 `[ceil(T / 8)]` (bit `t % 8` of byte `t / 8`, from the lowest, tells whether token `t` is trained on).
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::path::Path;
+
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, SafeTensors, View};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The value of the key `format` in the metadata of every shard.
+pub const SHARD_FORMAT: &str = "sft-fast-shard-1";
+
+/// How wide a token id is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum TokenType {
+    /// Two bytes, for vocabularies of at most 65,536.
+    U16,
+    /// Four bytes.
+    U32,
+}
+
+impl TokenType {
+    /// The narrowest type for token ids below `vocab_size`.
+    pub fn for_vocab(vocab_size: u32) -> Self {
+        if vocab_size <= 1 << 16 { Self::U16 } else { Self::U32 }
+    }
+
+    fn dtype(self) -> Dtype {
+        match self {
+            Self::U16 => Dtype::U16,
+            Self::U32 => Dtype::U32,
+        }
+    }
+}
+
+/// What a shard holds: in the manifest, and checked when it is opened.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardInfo {
+    /// File name inside the dataset's directory.
+    pub name: String,
+    /// Size of the file.
+    pub num_bytes: u64,
+    /// SHA-256 of the file, in hexadecimal.
+    pub sha256: String,
+    /// Samples in the shard.
+    pub num_samples: u64,
+    /// Tokens in the shard.
+    pub num_tokens: u64,
+}
+
+enum Tokens {
+    U16(Vec<u16>),
+    U32(Vec<u32>),
+}
+
+/// Collects samples for one shard in memory.
+pub struct ShardBuilder {
+    tokens: Tokens,
+    offsets: Vec<u32>,
+    records: Vec<u32>,
+    mask: Vec<u8>,
+}
+
+impl ShardBuilder {
+    /// An empty shard.
+    pub fn new(token_type: TokenType) -> Self {
+        let tokens = match token_type {
+            TokenType::U16 => Tokens::U16(Vec::new()),
+            TokenType::U32 => Tokens::U32(Vec::new()),
+        };
+        Self { tokens, offsets: vec![0], records: Vec::new(), mask: Vec::new() }
+    }
+
+    /// Samples so far.
+    pub fn num_samples(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Tokens so far.
+    pub fn num_tokens(&self) -> usize {
+        match &self.tokens {
+            Tokens::U16(ids) => ids.len(),
+            Tokens::U32(ids) => ids.len(),
+        }
+    }
+
+    /// Adds a sample: its token ids, the runs of tokens that are trained on (counted from the sample's first token), and
+    /// the file and line of its record. All tokens of a shard together number less than 2^32; the caller sees to that.
+    pub fn push(&mut self, ids: &[u32], runs: &[Range<u32>], file: u32, line: u32) {
+        let first = self.num_tokens();
+        match &mut self.tokens {
+            Tokens::U16(tokens) => tokens.extend(ids.iter().map(|&id| id as u16)),
+            Tokens::U32(tokens) => tokens.extend_from_slice(ids),
+        }
+        self.mask.resize(self.num_tokens().div_ceil(8), 0);
+        for run in runs {
+            set_bits(&mut self.mask, first + run.start as usize..first + run.end as usize);
+        }
+        self.offsets.push(self.num_tokens() as u32);
+        self.records.extend([file, line]);
+    }
+
+    /// Writes the shard to `directory/name` and makes sure that it is on disk.
+    pub fn write(self, directory: &Path, name: &str) -> Result<ShardInfo> {
+        let path = directory.join(name);
+        let (num_samples, num_tokens) = (self.num_samples() as u64, self.num_tokens() as u64);
+        let token_ids = match &self.tokens {
+            Tokens::U16(ids) => tensor(Dtype::U16, vec![ids.len()], bytemuck::cast_slice(ids)),
+            Tokens::U32(ids) => tensor(Dtype::U32, vec![ids.len()], bytemuck::cast_slice(ids)),
+        };
+        let tensors = [
+            ("sample_offsets", tensor(Dtype::U32, vec![self.offsets.len()], bytemuck::cast_slice(&self.offsets))),
+            (
+                "sample_records",
+                tensor(Dtype::U32, vec![self.records.len() / 2, 2], bytemuck::cast_slice(&self.records)),
+            ),
+            ("token_ids", token_ids),
+            ("label_mask", tensor(Dtype::U8, vec![self.mask.len()], &self.mask)),
+        ];
+        let metadata = HashMap::from([("format".to_owned(), SHARD_FORMAT.to_owned())]);
+        safetensors::serialize_to_file(tensors, Some(metadata), &path)
+            .map_err(|error| Error::new(ErrorKind::Io, format!("could not write: {error}")).with_path(&path))?;
+        let file = File::open(&path).map_err(|error| Error::io("open", &path, &error))?;
+        file.sync_all().map_err(|error| Error::io("write", &path, &error))?;
+        let num_bytes = file.metadata().map_err(|error| Error::io("read", &path, &error))?.len();
+        Ok(ShardInfo { name: name.into(), num_bytes, sha256: sha256(&path)?, num_samples, num_tokens })
+    }
+}
+
+struct Tensor<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: &'a [u8],
+}
+
+fn tensor(dtype: Dtype, shape: Vec<usize>, bytes: &[u8]) -> Tensor<'_> {
+    Tensor { dtype, shape, bytes }
+}
+
+impl View for Tensor<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.bytes.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// SHA-256 of a file, in hexadecimal.
+pub fn sha256(path: &Path) -> Result<String> {
+    let mut file = File::open(path).map_err(|error| Error::io("open", path, &error))?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 18];
+    loop {
+        match file.read(&mut buffer).map_err(|error| Error::io("read", path, &error))? {
+            0 => break,
+            count => hasher.update(&buffer[..count]),
+        }
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Sets bits `range`, counted from the lowest bit of the first byte.
+fn set_bits(bytes: &mut [u8], range: Range<usize>) {
+    if range.is_empty() {
+        return;
+    }
+    let (first, last) = (range.start / 8, (range.end - 1) / 8);
+    let head = 0xFFu8 << (range.start % 8);
+    let tail = 0xFFu8 >> (7 - (range.end - 1) % 8);
+    if first == last {
+        bytes[first] |= head & tail;
+    } else {
+        bytes[first] |= head;
+        bytes[first + 1..last].fill(0xFF);
+        bytes[last] |= tail;
+    }
+}
+
+/// An opened shard: a memory map that passed every check.
+#[derive(Debug)]
+pub struct Shard {
+    map: Mmap,
+    offsets: Range<usize>,
+    records: Range<usize>,
+    token_ids: Range<usize>,
+    label_mask: Range<usize>,
+    token_type: TokenType,
+}
+
+/// The token ids of a sample, as wide as they are on disk.
+#[derive(Clone, Copy, Debug)]
+pub enum TokenIds<'a> {
+    /// See [`TokenType::U16`].
+    U16(&'a [u16]),
+    /// See [`TokenType::U32`].
+    U32(&'a [u32]),
+}
+
+impl TokenIds<'_> {
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::U16(ids) => ids.len(),
+            Self::U32(ids) => ids.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The ids, as u32.
+    pub fn to_vec(&self) -> Vec<u32> {
+        match self {
+            Self::U16(ids) => ids.iter().map(|&id| id.into()).collect(),
+            Self::U32(ids) => ids.to_vec(),
+        }
+    }
+}
+
+impl Shard {
+    /// Maps `directory/info.name` and checks it against `info` and the rules of the format.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dataset`] for any rule that does not hold; [`ErrorKind::Io`] where the file can't be read.
+    pub fn open(directory: &Path, info: &ShardInfo, token_type: TokenType, vocab_size: u32) -> Result<Self> {
+        let path = directory.join(&info.name);
+        let damaged = |what: String| Error::new(ErrorKind::Dataset, format!("damaged shard: {what}")).with_path(&path);
+        let file = File::open(&path).map_err(|error| Error::io("open", &path, &error))?;
+        let num_bytes = file.metadata().map_err(|error| Error::io("read", &path, &error))?.len();
+        if num_bytes != info.num_bytes {
+            return Err(damaged(format!("expected {} bytes, as the manifest says, found {num_bytes}", info.num_bytes)));
+        }
+        // SAFETY: the map is read-only and never handed out as anything but plain bytes and integers. A dataset is never
+        // written in place: files are made under another name and renamed, so nobody shortens a file under the map.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::io("map", &path, &error))?;
+
+        let tensors = SafeTensors::deserialize(&map).map_err(|error| damaged(error.to_string()))?;
+        let (_, metadata) = SafeTensors::read_metadata(&map).map_err(|error| damaged(error.to_string()))?;
+        let format = metadata.metadata().as_ref().and_then(|metadata| metadata.get("format"));
+        if format.map(String::as_str) != Some(SHARD_FORMAT) {
+            return Err(damaged(format!("expected the format {SHARD_FORMAT}, found {format:?}")));
+        }
+        let (samples, tokens) = (info.num_samples as usize, info.num_tokens as usize);
+        if tensors.len() != 4 {
+            return Err(damaged(format!("expected 4 tensors, found {}", tensors.len())));
+        }
+        let find = |name: &str, dtype: Dtype, shape: &[usize]| -> Result<Range<usize>> {
+            let tensor =
+                tensors.tensor(name).map_err(|_| damaged(format!("expected the tensor {name}, found none")))?;
+            if tensor.dtype() != dtype || tensor.shape() != shape {
+                let (found_dtype, found_shape) = (tensor.dtype(), tensor.shape());
+                let expected = format!("expected {name} to be {dtype:?} {shape:?}");
+                return Err(damaged(format!("{expected}, found {found_dtype:?} {found_shape:?}")));
+            }
+            let start = tensor.data().as_ptr() as usize - map.as_ptr() as usize;
+            if start % dtype.bitsize().div_ceil(8) != 0 {
+                return Err(damaged(format!("expected {name} to be aligned, found it at byte {start}")));
+            }
+            Ok(start..start + tensor.data().len())
+        };
+        let one_more = samples.checked_add(1).ok_or_else(|| damaged("it claims too many samples".into()))?;
+        let (offsets, records, token_ids, label_mask) = (
+            find("sample_offsets", Dtype::U32, &[one_more])?,
+            find("sample_records", Dtype::U32, &[samples, 2])?,
+            find("token_ids", token_type.dtype(), &[tokens])?,
+            find("label_mask", Dtype::U8, &[tokens.div_ceil(8)])?,
+        );
+        let shard = Self { offsets, records, token_ids, label_mask, token_type, map };
+        let ends = shard.sample_offsets();
+        if ends[0] != 0 || ends[samples] as usize != tokens || ends.windows(2).any(|pair| pair[0] >= pair[1]) {
+            return Err(damaged("expected sample_offsets to rise from 0 to the number of tokens".into()));
+        }
+        if vocab_size == 0 || token_type != TokenType::for_vocab(vocab_size) {
+            return Err(damaged(format!("{token_type:?} tokens do not fit a vocabulary of {vocab_size}")));
+        }
+        Ok(shard)
+    }
+
+    /// First token of each sample, and the end of the last.
+    pub fn sample_offsets(&self) -> &[u32] {
+        bytemuck::cast_slice(&self.map[self.offsets.clone()])
+    }
+
+    /// Token ids of sample `index` of the shard.
+    pub fn token_ids(&self, index: usize) -> TokenIds<'_> {
+        let range = self.token_range(index);
+        let bytes = &self.map[self.token_ids.clone()];
+        match self.token_type {
+            TokenType::U16 => TokenIds::U16(&bytemuck::cast_slice(bytes)[range]),
+            TokenType::U32 => TokenIds::U32(&bytemuck::cast_slice(bytes)[range]),
+        }
+    }
+
+    /// File number and line (from 1) of the record of sample `index`.
+    pub fn record(&self, index: usize) -> (u32, u32) {
+        let records: &[u32] = bytemuck::cast_slice(&self.map[self.records.clone()]);
+        (records[2 * index], records[2 * index + 1])
+    }
+
+    /// Whether each token of sample `index` is trained on.
+    pub fn label_mask(&self, index: usize) -> impl ExactSizeIterator<Item = bool> + '_ {
+        let bytes = &self.map[self.label_mask.clone()];
+        self.token_range(index).map(move |token| bytes[token / 8] >> (token % 8) & 1 == 1)
+    }
+
+    /// Tokens of sample `index` that have a loss: trained on, and not the first, which nothing predicts.
+    pub fn num_label_tokens(&self, index: usize) -> u64 {
+        let range = self.token_range(index);
+        count_bits(&self.map[self.label_mask.clone()], range.start + 1..range.end)
+    }
+
+    fn token_range(&self, index: usize) -> Range<usize> {
+        let offsets = self.sample_offsets();
+        offsets[index] as usize..offsets[index + 1] as usize
+    }
+}
+
+fn count_bits(bytes: &[u8], range: Range<usize>) -> u64 {
+    let mut count = 0;
+    let mut at = range.start;
+    while at < range.end {
+        let in_byte = (8 - at % 8).min(range.end - at);
+        let mask = (0xFFu16 >> (8 - in_byte)) as u8;
+        count += u64::from((bytes[at / 8] >> (at % 8) & mask).count_ones());
+        at += in_byte;
+    }
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    type Sample = (Vec<u32>, Range<u32>, u32, u32);
+
+    fn write(samples: &[Sample], vocab_size: u32) -> (tempfile::TempDir, ShardInfo) {
+        let directory = tempfile::tempdir().unwrap();
+        let mut builder = ShardBuilder::new(TokenType::for_vocab(vocab_size));
+        for (ids, run, file, line) in samples {
+            builder.push(ids, std::slice::from_ref(run), *file, *line);
+        }
+        let info = builder.write(directory.path(), "shard-00000.safetensors").unwrap();
+        (directory, info)
+    }
+
+    fn samples(vocab_size: u32) -> impl Strategy<Value = Vec<Sample>> {
+        let sample = (prop::collection::vec(0..vocab_size, 1..40), any::<(u32, u32)>(), 0u32..40, 0u32..40);
+        prop::collection::vec(sample, 1..12).prop_map(|samples| {
+            let cut = |(ids, (file, line), a, b): (Vec<u32>, (u32, u32), u32, u32)| {
+                let end = (ids.len() as u32).min(a.max(b));
+                let run = a.min(b).min(end)..end;
+                (ids, run, file, line)
+            };
+            samples.into_iter().map(cut).collect()
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))] // each case waits for the disk
+
+        // What goes into a shard comes out of it, for both widths of token ids.
+        #[test]
+        fn round_trip((vocab_size, samples) in prop_oneof![Just(65_536u32), Just(65_537)].prop_flat_map(|size| (Just(size), samples(size)))) {
+            let (directory, info) = write(&samples, vocab_size);
+            let shard = Shard::open(directory.path(), &info, TokenType::for_vocab(vocab_size), vocab_size).unwrap();
+            for (index, (ids, run, file, line)) in samples.iter().enumerate() {
+                prop_assert_eq!(ids, &shard.token_ids(index).to_vec());
+                let mask: Vec<_> = (0..ids.len() as u32).map(|token| run.contains(&token)).collect();
+                prop_assert_eq!(mask.iter().skip(1).filter(|&&bit| bit).count() as u64, shard.num_label_tokens(index));
+                prop_assert_eq!(mask, shard.label_mask(index).collect::<Vec<_>>());
+                prop_assert_eq!((*file, *line), shard.record(index));
+            }
+        }
+    }
+
+    // A shard that is cut at any length, or whose header is changed in any byte, is refused or reads the same; it never
+    // panics.
+    #[test]
+    fn damage_is_refused() {
+        let (directory, info) = write(&[(vec![1, 2, 3], 1..3, 0, 7), (vec![4], 0..0, 0, 8)], 100);
+        let path = directory.path().join(&info.name);
+        let bytes = std::fs::read(&path).unwrap();
+        let open = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            let info = ShardInfo { num_bytes: bytes.len() as u64, ..info.clone() };
+            Shard::open(directory.path(), &info, TokenType::U16, 100)
+        };
+        for length in 0..bytes.len() {
+            assert!(open(&bytes[..length]).is_err(), "cut at {length}");
+        }
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        for at in 0..header {
+            for flip in [0x01, 0x80, 0xFF] {
+                let mut changed = bytes.clone();
+                changed[at] ^= flip;
+                if let Ok(shard) = open(&changed) {
+                    assert_eq!(vec![1, 2, 3], shard.token_ids(0).to_vec(), "byte {at}");
+                }
+            }
+        }
+        std::fs::write(&path, &bytes[1..]).unwrap();
+        assert!(
+            Shard::open(directory.path(), &info, TokenType::U16, 100)
+                .unwrap_err()
+                .to_string()
+                .contains("as the manifest says")
+        );
+    }
+}
