@@ -334,6 +334,30 @@ class SFTConfig:
         """The validation files as written, or None where there is no validation."""
         return (self.validation.data_args.file_name or None) if self.validation else None
 
+    def data_files(self) -> list[tuple[str, str | list[str], str]]:
+        """The data sets of the run: (`train` or `validation`, files as written, full key that names them)."""
+        train_files, validation_files = self.sft_train.data_args.file_name, self.validation_file_name
+        assert train_files, "checked when the configuration was made"
+        files = [("train", train_files, "sft_train.data_args.file_name")]
+        if validation_files:
+            files.append(("validation", validation_files, "validation.data_args.file_name"))
+        return files
+
+    def preprocess_options(self) -> dict[str, Any]:
+        """The keyword arguments of `sft_fast.preprocess` and `ensure_dataset` that decide what the samples are."""
+        return {
+            "tokenizer": self.pretrain,
+            "template": self.template,
+            "sequence_length": self.sequence_length,
+            "system_key": self.system_key,
+            "prompt_key": self.prompt_key,
+            "query_key": self.query_key,
+            "response_key": self.response_key,
+            "num_threads": self.sft_train.data_args.preprocessing_num_workers,
+            "on_error": self.on_error,
+            "too_long": self.too_long,
+        }
+
     @property
     def model_parallel_size(self) -> int:
         """Ranks that share one model and read the same data: DeepSpeed's `tensor_parallel.autotp_size`."""

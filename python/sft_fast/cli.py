@@ -1,0 +1,299 @@
+"""The command `sft-fast`: one function a command, each of which does its imports itself.
+
+Printing is in `console.py`; what a command does is elsewhere. Nothing here imports torch, Ray or transformers before a
+command needs them, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from sft_fast import console
+from sft_fast.errors import ConfigError, SftFastError, TrainError
+
+if TYPE_CHECKING:
+    import sft_fast
+    from sft_fast.config import SFTConfig
+
+# Packages of the extra `train`: without them there is a better answer than a missing module.
+TRAIN_PACKAGES = frozenset(
+    ("accelerate", "deepspeed", "peft", "ray", "safetensors", "tensorboard", "torch", "transformers")
+)
+
+app = typer.Typer(
+    name="sft-fast",
+    help="Supervised fine-tuning of language models: records in, a fine-tuned model out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[
+    str,
+    typer.Option("--config-path", "--config_path", metavar="DIR", help="Directory of the configuration."),
+]
+ConfigName = Annotated[
+    str,
+    typer.Option("--config-name", "--config_name", metavar="NAME", help="YAML file in it, without its ending."),
+]
+OptionalConfigName = Annotated[
+    str | None,
+    typer.Option("--config-name", "--config_name", metavar="NAME", help="Take everything from this configuration."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the file.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        import sft_fast
+
+        typer.echo(f"sft-fast {sft_fast.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def preprocess(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FILE...", help="JSONL or JSON files, or globs; with --config-name: KEY=VALUE overrides."
+        ),
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data set goes.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Model directory with a tokenizer.")] = None,
+    template: Annotated[str, typer.Option(help="Chat template: native, or a built-in name.")] = "native",
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a sample.")] = None,
+    system_key: Annotated[str | None, typer.Option(help="Field of the system prompt.")] = None,
+    prompt_key: Annotated[str, typer.Option(help="Field of the prompt.")] = "instruction",
+    query_key: Annotated[str | None, typer.Option(help="Field of further input.")] = None,
+    response_key: Annotated[str, typer.Option(help="Field of the answer.")] = "output",
+    num_threads: Annotated[int | None, typer.Option(min=1, help="Threads; one a core if not given.")] = None,
+    on_error: Annotated[
+        Literal["raise", "skip"], typer.Option(help="What to do with a record that is wrong.")
+    ] = "raise",
+    too_long: Annotated[
+        Literal["reject", "truncate"], typer.Option(help="What to do with a sample that is too long.")
+    ] = "reject",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
+    as_json: AsJson = False,
+    config_path: ConfigPath = ".",
+    config_name: OptionalConfigName = None,
+) -> None:
+    """Turn records into token ids and label masks on disk.
+
+    Examples:
+
+    sft-fast preprocess data.jsonl --output-dir out --tokenizer path/to/model --sequence-length 4096
+
+    sft-fast preprocess --config-path configs --config-name demo sequence_length=1024
+    """
+    if config_name is not None:
+        if output_dir is not None or tokenizer is not None:
+            raise ConfigError("with --config-name, the configuration names the tokenizer and the place of the data set")
+        reports = _preprocess_config(_load(config_path, config_name, arguments))
+        _print_reports(reports, as_json)
+        return
+    import sft_fast
+    from sft_fast.config import resolve_files
+
+    given = {
+        "FILE": arguments,
+        "--output-dir": output_dir,
+        "--tokenizer": tokenizer,
+        "--sequence-length": sequence_length,
+    }
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        raise ConfigError(
+            f"missing: {', '.join(missing)}", code="missing_key", hint="or name a configuration with --config-name"
+        )
+    assert arguments and output_dir and tokenizer and sequence_length
+    with console.PreprocessProgress("preprocessing") as progress:
+        report = sft_fast.preprocess(
+            resolve_files(arguments),
+            output_dir,
+            tokenizer=tokenizer,
+            template=template,
+            sequence_length=sequence_length,
+            system_key=system_key,
+            prompt_key=prompt_key,
+            query_key=query_key,
+            response_key=response_key,
+            num_threads=num_threads,
+            on_error=on_error,
+            too_long=too_long,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _print_reports({"": report}, as_json)
+
+
+@app.command()
+def train(config_name: ConfigName, overrides: Overrides = None, config_path: ConfigPath = ".") -> None:
+    """Fine-tune a model; preprocess first what the cache lacks.
+
+    Example: sft-fast train --config-path configs --config-name demo sft_train.training_args.learning_rate=1e-5
+    """
+    config = _load(config_path, config_name, overrides)
+    try:
+        from sft_fast.train.pipeline import SFTPipeline
+    except ModuleNotFoundError as error:
+        raise _missing_package(error) from error
+    SFTPipeline(config).run()
+
+
+@app.command()
+def validate(
+    config_name: ConfigName,
+    overrides: Overrides = None,
+    config_path: ConfigPath = ".",
+    num_samples: Annotated[int, typer.Option(min=0, help="Records to render from the first file.")] = 2,
+) -> None:
+    """Check a configuration in seconds: keys, files, template, first records, batch arithmetic."""
+    from sft_fast.check import check_run
+
+    check_run(_load(config_path, config_name, overrides), console.stdout_console(), num_samples)
+
+
+@app.command()
+def inspect(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATASET", help="Data set on disk; with --config-name: KEY=VALUE overrides."),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
+    tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Tokenizer, if it has moved.")] = None,
+    config_path: ConfigPath = ".",
+    config_name: OptionalConfigName = None,
+) -> None:
+    """Show samples: every token, with those that train in colour, and the line each sample comes from."""
+    import sft_fast
+    from sft_fast.inspect.terminal import show_samples
+
+    dataset = sft_fast.Dataset(_dataset_path(arguments, config_path, config_name))
+    show_samples(dataset, console.stdout_console(), first=first, num_samples=num_samples, tokenizer=tokenizer)
+
+
+@app.command()
+def verify(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATASET", help="Data set on disk; with --config-name: KEY=VALUE overrides."),
+    ] = None,
+    config_path: ConfigPath = ".",
+    config_name: OptionalConfigName = None,
+) -> None:
+    """Check the checksums and laws of a data set on disk."""
+    import sft_fast
+
+    path = _dataset_path(arguments, config_path, config_name)
+    sft_fast.verify(path)
+    dataset = sft_fast.Dataset(path)
+    num_tokens = int(dataset.lengths.sum(dtype="uint64"))
+    typer.echo(f"{path}: whole, {console.count(len(dataset))} samples, {console.count(num_tokens)} tokens")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory of a run.")],
+    output_dir: Annotated[str, typer.Argument(metavar="DIR", help="Where the model goes.")],
+) -> None:
+    """Write the model of a checkpoint as an ordinary model directory, with its tokenizer."""
+    try:
+        from sft_fast.train.export import export_checkpoint
+    except ModuleNotFoundError as error:
+        raise _missing_package(error) from error
+    export_checkpoint(checkpoint, output_dir)
+    typer.echo(f"the model is in {output_dir}")
+
+
+def _load(config_path: str, config_name: str, overrides: Sequence[str] | None) -> SFTConfig:
+    from sft_fast.config import load_config
+
+    config = load_config(config_path, config_name, overrides or ())
+    for note in config.notes:
+        console.print_note(note)
+    return config
+
+
+def _preprocess_config(config: SFTConfig) -> dict[str, sft_fast.Report]:
+    """Finds or makes the data sets that a configuration names: `train`, and `validation` where there is one."""
+    import sft_fast
+    from sft_fast.config import resolve_files
+
+    reports = {}
+    for name, file_name, key in config.data_files():
+        with console.PreprocessProgress(name) as progress:
+            reports[name] = sft_fast.ensure_dataset(
+                resolve_files(file_name, key), config.data_cache_dir, progress=progress, **config.preprocess_options()
+            )
+    return reports
+
+
+def _dataset_path(arguments: Sequence[str] | None, config_path: str, config_name: str | None) -> str:
+    """The data set that a command is about: its one argument, or the training data of a configuration."""
+    if config_name is not None:
+        return str(_preprocess_config(_load(config_path, config_name, arguments))["train"].path)
+    if not arguments or len(arguments) != 1:
+        raise ConfigError("expected one data set", code="usage", hint="give its directory, or --config-name")
+    return arguments[0]
+
+
+def _print_reports(reports: dict[str, sft_fast.Report], as_json: bool) -> None:
+    """Tables, or JSON: the report itself, or one for each name where the configuration named them."""
+    if as_json:
+        values: dict[str, Any] = {name: dataclasses.asdict(report) for name, report in reports.items()}
+        typer.echo(json.dumps(values.get("", values), default=str))
+        return
+    for name, report in reports.items():
+        console.stdout_console().print(console.report_table(report, name or "preprocessed"))
+        if report.num_rejected:
+            console.print_note(f"what was left out, and why: {os.path.join(report.path, 'rejected.jsonl')}")
+
+
+def _missing_package(error: ModuleNotFoundError) -> Exception:
+    """The answer to a package of the extra `train` that is not installed; any other missing module is a bug."""
+    if (error.name or "").split(".")[0] not in TRAIN_PACKAGES:
+        return error
+    return TrainError(
+        f"training needs the package {error.name}", code="missing_package", hint="pip install 'sft-fast[train]'"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and ends the process: 0 done, 1 the run failed, 2 the input or configuration is wrong.
+
+    An error is one text on stderr; with `SFT_FAST_DEBUG=1` its traceback comes first.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except SftFastError as error:
+        status, text = error.exit_status, str(error)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing is left to tell them.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        hint = "" if _debug() else "\n  this is a mistake in sft-fast; SFT_FAST_DEBUG=1 shows where it happened"
+        status, text = 1, f"{type(error).__name__}: {error}{hint}"
+    if _debug():
+        traceback.print_exc()
+    console.print_error(text)
+    sys.exit(status)
+
+
+def _debug() -> bool:
+    return os.environ.get("SFT_FAST_DEBUG", "") not in ("", "0")

@@ -1,0 +1,162 @@
+"""What the commands print: progress, reports, notes and errors. Tables go to stdout, all the rest to stderr.
+
+A terminal gets a moving bar and colours (unless `NO_COLOR` is set); a file or a pipe gets plain lines.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import sft_fast
+
+# Seconds between two plain progress lines.
+PLAIN_INTERVAL_SECONDS = 5.0
+
+
+def stdout_console() -> Console:
+    """The console for results. Made anew for each use, so that it follows a redirected stdout."""
+    return Console(highlight=False)
+
+
+def stderr_console() -> Console:
+    """The console for everything that is not a result."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_note(text: str) -> None:
+    """Tells the user something on stderr that is not an error."""
+    stderr_console().print(Text.assemble(("note: ", "yellow"), text), soft_wrap=True)
+
+
+def print_error(text: str) -> None:
+    """Tells the user on stderr why the command ends."""
+    stderr_console().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+def count(number: float) -> str:
+    """A count with its thousands apart: `1,234,567`."""
+    return f"{number:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes in the largest unit (of 1000) that leaves a whole part: `12.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def seconds(duration: float) -> str:
+    """A duration: `0.82 s`, `42 s`, `3 min 5 s`, `2 h 10 min`."""
+    if duration < 10:
+        return f"{duration:.2f} s"
+    minutes, rest = divmod(round(duration), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class _Amount(ProgressColumn):
+    """Bytes done of all bytes."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{size(task.completed)} of {size(task.total or 0)}", style="progress.download")
+
+
+class _Rates(ProgressColumn):
+    """Records and megabytes a second, since the start."""
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.elapsed or 0.0
+        if elapsed <= 0:
+            return Text("")
+        records = task.fields["num_records"] / elapsed
+        return Text(f"{count(records)} records/s  {task.completed / elapsed / 1e6:.1f} MB/s", style="cyan")
+
+
+class PreprocessProgress:
+    """Shows how far preprocessing is. A context manager, and the callback that `preprocess` and `ensure_dataset` take."""
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self._title = title
+        self._console = console or stderr_console()
+        self._bar: Progress | None = None
+        self._started = self._last_line = time.monotonic()
+
+    def __enter__(self) -> PreprocessProgress:
+        if self._console.is_terminal:
+            columns = [TextColumn("{task.description}"), BarColumn(), _Amount(), _Rates(), TimeRemainingColumn()]
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=None, num_records=0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, progress: sft_fast.Progress) -> None:
+        """Takes the state of the work: bytes read of all bytes, and records so far."""
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=progress.num_bytes,
+                total=progress.num_bytes_total,
+                num_records=progress.num_records,
+            )
+            return
+        now = time.monotonic()
+        if now - self._last_line < PLAIN_INTERVAL_SECONDS:
+            return
+        self._last_line = now
+        elapsed = now - self._started
+        left = (progress.num_bytes_total - progress.num_bytes) / max(progress.num_bytes, 1) * elapsed
+        self._console.print(
+            f"{self._title}: {size(progress.num_bytes)} of {size(progress.num_bytes_total)}, "
+            f"{count(progress.num_records / elapsed)} records/s, {progress.num_bytes / elapsed / 1e6:.1f} MB/s, "
+            f"{seconds(left)} left",
+            soft_wrap=True,
+        )
+
+
+def report_table(report: sft_fast.Report, title: str) -> Table:
+    """The outcome of preprocessing as a table: everything that went in, and where it is now."""
+    rejected = [(f"  {reason}", count(number)) for reason, number in sorted(report.rejected_by_reason.items())]
+    share = report.num_label_tokens / max(report.num_tokens, 1)
+    rate = report.num_bytes / max(report.seconds, 1e-9) / 1e6
+    return two_columns(
+        title,
+        [
+            ("records", count(report.num_records)),
+            ("samples", count(report.num_samples)),
+            ("rejected", count(report.num_rejected)),
+            *rejected,
+            ("tokens", count(report.num_tokens)),
+            ("label tokens", f"{count(report.num_label_tokens)} ({share:.1%})"),
+            ("longest sample", f"{count(report.max_sample_tokens)} tokens"),
+            ("time", "found in the cache" if report.reused else f"{seconds(report.seconds)}, {rate:.1f} MB/s"),
+            ("data set", str(report.path)),
+        ],
+    )
+
+
+def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
+    """A table of names and values without lines."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
