@@ -93,11 +93,9 @@ def preprocess(
 ) -> None:
     """Turn records into token ids and label masks on disk.
 
-    Examples:
+    Example: sft-fast preprocess data.jsonl --output-dir out --tokenizer path/to/model --sequence-length 4096
 
-    sft-fast preprocess data.jsonl --output-dir out --tokenizer path/to/model --sequence-length 4096
-
-    sft-fast preprocess --config-path configs --config-name demo sequence_length=1024
+    The same from a configuration: sft-fast preprocess --config-path configs --config-name demo
     """
     if config_name is not None:
         if output_dir is not None or tokenizer is not None:
@@ -108,18 +106,18 @@ def preprocess(
     import sft_fast
     from sft_fast.config import resolve_files
 
-    given = {
-        "FILE": arguments,
-        "--output-dir": output_dir,
-        "--tokenizer": tokenizer,
-        "--sequence-length": sequence_length,
-    }
-    missing = [name for name, value in given.items() if not value]
-    if missing:
+    if not (arguments and output_dir and tokenizer and sequence_length):
+        given = {
+            "FILE": arguments,
+            "--output-dir": output_dir,
+            "--tokenizer": tokenizer,
+            "--sequence-length": sequence_length,
+        }
         raise ConfigError(
-            f"missing: {', '.join(missing)}", code="missing_key", hint="or name a configuration with --config-name"
+            f"missing: {', '.join(name for name, value in given.items() if not value)}",
+            code="missing_key",
+            hint="or name a configuration with --config-name",
         )
-    assert arguments and output_dir and tokenizer and sequence_length
     with console.PreprocessProgress("preprocessing") as progress:
         report = sft_fast.preprocess(
             resolve_files(arguments),

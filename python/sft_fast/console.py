@@ -85,7 +85,7 @@ class _Rates(ProgressColumn):
 
 
 class PreprocessProgress:
-    """Shows how far preprocessing is. A context manager, and the callback that `preprocess` and `ensure_dataset` take."""
+    """Shows how far preprocessing is: a context manager, and the callback that `sft_fast.preprocess` takes."""
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self._title = title
