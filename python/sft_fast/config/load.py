@@ -22,6 +22,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
 from sft_fast.config.roll import NOT_ACTED_ON, take_out
 from sft_fast.config.schema import SFTConfig
 from sft_fast.config.values import build, field_types, nearest_key
