@@ -6,9 +6,9 @@
 //!    it takes milliseconds for a thousand samples or a hundred million, and packs hold the same lengths in every epoch.
 //!    The method is first fit decreasing, one pack at a time, with a look ahead for two samples that fill the pack to
 //!    the last token. First and best fit decreasing (arXiv 2404.10830 packs documents by the latter) leave 0.007 to
-//!    0.15 % of all positions free on common mixes. Looking ahead needs no more packs there than the lower bound of
-//!    Martello and Toth (1990), so no method does better. Where it does not pay, plain first fit decreasing is taken,
-//!    which needs at most 11/9 of the fewest packs, and one more (D. S. Johnson, 1973).
+//!    0.15 % of all positions free on common mixes. Looking ahead needs at most 0.001 % more packs there than the lower
+//!    bound of Martello and Toth (1990), and often no more, so there is nothing left to gain. Where it does not pay,
+//!    plain first fit decreasing is taken, which needs at most 11/9 of the fewest packs, and one more (Johnson, 1973).
 //! 2. *Which sample stands for a length* and *in what order the packs come* is shuffled by (seed, epoch).
 //!
 //! The result is a pure function of (lengths, capacity, seed, epoch): the same on every machine and every rank.
