@@ -80,18 +80,23 @@ class _Rates(ProgressColumn):
         elapsed = task.elapsed or 0.0
         if elapsed <= 0:
             return Text("")
-        records = task.fields["num_records"] / elapsed
-        return Text(f"{count(records)} records/s  {task.completed / elapsed / 1e6:.1f} MB/s", style="cyan")
+        num_records = task.fields["num_records"]
+        records = f"{count(num_records / elapsed)} records/s  " if num_records else ""
+        return Text(f"{records}{task.completed / elapsed / 1e6:.1f} MB/s", style="cyan")
 
 
 class PreprocessProgress:
-    """Shows how far preprocessing is: a context manager, and the callback that `sft_fast.preprocess` takes."""
+    """Shows how far preprocessing is: a context manager, and the callback that `sft_fast.preprocess` takes.
+
+    The work has two phases, each over all bytes: a look for the data set in the cache, and the making of it.
+    """
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self._title = title
         self._console = console or stderr_console()
         self._bar: Progress | None = None
-        self._started = self._last_line = time.monotonic()
+        self._was_hashing = False
+        self._phase_start = self._last_line = time.monotonic()
 
     def __enter__(self) -> PreprocessProgress:
         if self._console.is_terminal:
@@ -108,12 +113,19 @@ class PreprocessProgress:
             self._bar.stop()
 
     def __call__(self, progress: sft_fast.Progress) -> None:
-        """Takes the state of the work: bytes read of all bytes, and records so far."""
+        """Takes the state of the work: bytes done of all bytes in this phase, and records so far."""
+        if progress.is_hashing != self._was_hashing:
+            self._was_hashing = progress.is_hashing
+            self._phase_start = self._last_line = time.monotonic()
+            if self._bar is not None:
+                self._bar.reset(self._task, total=progress.num_total_bytes)
+        title = f"{self._title} (looking for it in the cache)" if progress.is_hashing else self._title
         if self._bar is not None:
             self._bar.update(
                 self._task,
+                description=title,
                 completed=progress.num_bytes,
-                total=progress.num_bytes_total,
+                total=progress.num_total_bytes,
                 num_records=progress.num_records,
             )
             return
@@ -121,12 +133,12 @@ class PreprocessProgress:
         if now - self._last_line < PLAIN_INTERVAL_SECONDS:
             return
         self._last_line = now
-        elapsed = now - self._started
-        left = (progress.num_bytes_total - progress.num_bytes) / max(progress.num_bytes, 1) * elapsed
+        elapsed = now - self._phase_start
+        left = (progress.num_total_bytes - progress.num_bytes) / max(progress.num_bytes, 1) * elapsed
+        records = "" if progress.is_hashing else f"{count(progress.num_records / elapsed)} records/s, "
         self._console.print(
-            f"{self._title}: {size(progress.num_bytes)} of {size(progress.num_bytes_total)}, "
-            f"{count(progress.num_records / elapsed)} records/s, {progress.num_bytes / elapsed / 1e6:.1f} MB/s, "
-            f"{seconds(left)} left",
+            f"{title}: {size(progress.num_bytes)} of {size(progress.num_total_bytes)}, {records}"
+            f"{progress.num_bytes / elapsed / 1e6:.1f} MB/s, {seconds(left)} left",
             soft_wrap=True,
         )
 

@@ -1,0 +1,159 @@
+"""The dry run of `sft-fast validate`: everything that can be wrong before a long run, found in seconds.
+
+It reads the beginning of each file through the real preprocessing, so that what it shows is what would be trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+import sft_fast
+from sft_fast.config import SFTConfig, resolve_files
+from sft_fast.console import count, print_note, size, two_columns
+from sft_fast.errors import FileError, SftFastError
+from sft_fast.inspect.terminal import show_samples
+
+# Of a longer file only this much is read, cut at the end of a record.
+MAX_HEAD_BYTES = 4_000_000
+# Files that are looked into; all of them must exist.
+MAX_FILES = 8
+
+
+def check_run(config: SFTConfig, console: Console, num_samples: int) -> None:
+    """Checks a configuration against the machine and prints what the run would be.
+
+    Args:
+        config: already checked in itself by `load_config`.
+        console: where the tables and samples go.
+        num_samples: samples to show.
+
+    Raises:
+        SftFastError: the first thing that is wrong.
+    """
+    _check_strategy(config)
+    if not os.path.isdir(config.pretrain):
+        raise FileError(
+            "no such model directory",
+            code="missing_model",
+            path=config.pretrain,
+            location="pretrain",
+            hint="pretrain is a directory with config.json, weights and tokenizer.json; nothing is downloaded",
+        )
+    files = {name: resolve_files(file_name, key) for name, file_name, key in config.data_files()}
+    console.print(two_columns("run", _run_rows(config, files)))
+    console.print(two_columns("batch", _batch_rows(config)))
+    for name, paths in files.items():
+        _check_data(config, name, paths, console, num_samples if name == "train" else 0)
+    console.print("the configuration is valid")
+
+
+def _check_strategy(config: SFTConfig) -> None:
+    """The backend's own checks; they need its packages, and preprocessing alone does not."""
+    try:
+        from sft_fast.train.strategy import check_strategy_name
+        from sft_fast.train.strategy.deepspeed_config import make_deepspeed_config
+    except ModuleNotFoundError as error:
+        print_note(f"{error.name} is not installed: the training strategy is not checked")
+        return
+    check_strategy_name(config.sft_train.strategy_args.strategy_name)
+    make_deepspeed_config(config)
+
+
+def _run_rows(config: SFTConfig, files: dict[str, list[str]]) -> list[tuple[str, str]]:
+    def described(paths: list[str]) -> str:
+        num_bytes = sum(os.path.getsize(path) for path in paths)
+        name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
+        return f"{name}, {size(num_bytes)}"
+
+    return [
+        ("name", config.exp_name),
+        ("model", config.pretrain),
+        ("template", config.template),
+        *((f"{name} data", described(paths)) for name, paths in files.items()),
+        ("checkpoints", os.path.join(config.output_dir, "sft_train")),
+        ("logs", config.logging_dir),
+    ]
+
+
+def _batch_rows(config: SFTConfig) -> list[tuple[str, str]]:
+    """The arithmetic of a step, so that a slip shows before it costs a day."""
+    arguments = config.sft_train.training_args
+    device = "CPU" if config.num_gpus_per_node == 0 else "GPU"
+    row = "pack" if config.sft_train.use_sequence_packing else "sample"
+    rows = [("ranks", f"{config.sft_train.world_size} ({device} {', '.join(map(str, config.sft_train.devices))})")]
+    if config.model_parallel_size > 1:
+        rows.append(("ranks a model", str(config.model_parallel_size)))
+    return [
+        *rows,
+        (
+            f"{row}s a step",
+            f"{arguments.per_device_train_batch_size} a micro-batch x {arguments.gradient_accumulation_steps} "
+            f"micro-batches x {config.data_parallel_size} ranks = {count(config.num_rows_per_step)}",
+        ),
+        ("tokens a step", f"at most {count(config.num_rows_per_step * config.sequence_length)}"),
+    ]
+
+
+def _check_data(config: SFTConfig, name: str, paths: list[str], console: Console, num_samples: int) -> None:
+    """Preprocesses the beginning of the files into a temporary directory and shows the first samples."""
+    with tempfile.TemporaryDirectory(prefix="sft-fast-validate-") as scratch:
+        heads: dict[str, str] = {}
+        for number, path in enumerate(paths[:MAX_FILES]):
+            heads[_head(path, Path(scratch, f"head-{number}"))] = path
+        try:
+            report = sft_fast.preprocess(list(heads), Path(scratch, "dataset"), **config.preprocess_options())
+        except SftFastError as error:
+            error.path = heads.get(error.path or "", error.path)
+            raise
+        is_whole = len(paths) <= MAX_FILES and all(head == path for head, path in heads.items())
+        console.print(
+            two_columns(
+                f"{name} data, {'all of it' if is_whole else 'its beginning'}",
+                [
+                    ("records", count(report.num_records)),
+                    ("rejected", count(report.num_rejected)),
+                    *((f"  {reason}", count(number)) for reason, number in sorted(report.rejected_by_reason.items())),
+                    ("longest sample", f"{count(report.max_sample_tokens)} tokens"),
+                ],
+            )
+        )
+        if num_samples and report.num_samples:
+            show_samples(sft_fast.Dataset(report.path), console, num_samples=num_samples, renamed=heads)
+
+
+def _head(path: str, scratch: Path) -> str:
+    """A file with the first whole records of `path`: the file itself where it is short."""
+    if os.path.getsize(path) <= MAX_HEAD_BYTES:
+        return path
+    with open(path, "rb") as file:
+        beginning = file.read(MAX_HEAD_BYTES)
+    if beginning.lstrip().startswith(b"["):
+        beginning = _first_elements(beginning.decode("utf-8", errors="ignore")).encode()
+    else:
+        beginning = beginning[: beginning.rfind(b"\n") + 1]
+    if not beginning:
+        return path  # its first record is longer than that, or broken: let the preprocessing say
+    scratch.write_bytes(beginning)
+    return str(scratch)
+
+
+def _first_elements(text: str) -> str:
+    """The whole elements at the beginning of a JSON array as lines, each with the number that it has in the array."""
+    decoder = json.JSONDecoder()
+    lines: list[str] = []
+    position = text.index("[") + 1
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        try:
+            element, end = decoder.raw_decode(text, position)
+        except ValueError:
+            return "\n".join(lines)
+        lines += [""] * (text.count("\n", 0, position) - len(lines))
+        lines.append(json.dumps(element))
+        position = end
