@@ -1,0 +1,147 @@
+"""From the arrays of one micro-batch to the tensors that a step eats, ahead of time, in a thread of its own.
+
+The rows of a micro-batch are laid end to end, and every segment that has no label is left out: attention never
+crosses segments, so such a segment (padding above all) can change neither the loss nor any gradient. What remains is
+one row of whole samples, and nothing is ever computed for padding.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft_fast.errors import TrainError
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One row of samples, end to end. `T` tokens, `k` segments, `n` label tokens."""
+
+    input_ids: torch.Tensor  # int64 [1, T]
+    position_ids: torch.Tensor  # int64 [1, T], from 0 in each segment
+    cu_seqlens: torch.Tensor  # int32 [k + 1], from 0 to T
+    segment_lengths: tuple[int, ...]  # k
+    max_seqlen: int
+    label_positions: torch.Tensor  # int64 [n]: places in the row whose next token is trained on
+    targets: torch.Tensor  # int64 [n]: those next tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[1])
+
+    @property
+    def num_label_tokens(self) -> int:
+        return int(self.targets.shape[0])
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same batch on `device`; from pinned memory the copies overlap with what the device is doing."""
+        if device.type == "cpu":
+            return self
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> MicroBatch:
+        """The same batch in page-locked memory, from which a GPU copies without a pause."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return MicroBatch(**{name: function(v) if torch.is_tensor(v) else v for name, v in values.items()})
+
+
+def make_micro_batch(arrays: Mapping[str, Any]) -> MicroBatch:
+    """One micro-batch from the arrays that a step stream fills.
+
+    Args:
+        arrays: `input_ids`, `labels` (already shifted: the target of each position, -100 for none) and `position_ids`,
+            int64 `[rows, width]`; `cu_seqlens` int32 over the `rows * width` positions.
+    """
+    input_ids = np.asarray(arrays["input_ids"], dtype=np.int64).reshape(-1)
+    labels = np.asarray(arrays["labels"], dtype=np.int64).reshape(-1)
+    position_ids = np.asarray(arrays["position_ids"], dtype=np.int64).reshape(-1)
+    boundaries = np.asarray(arrays["cu_seqlens"], dtype=np.int64)
+
+    lengths = np.diff(boundaries)
+    labelled = np.concatenate([[0], np.cumsum(labels != IGNORED_LABEL)])
+    keep = labelled[boundaries[1:]] > labelled[boundaries[:-1]]
+    if not keep.any():
+        # No label at all (the empty micro-batch of a last step): one token, so that this rank still takes part in
+        # whatever its model does together with the other ranks.
+        input_ids, labels, position_ids = input_ids[:1], np.full(1, IGNORED_LABEL), np.zeros(1, dtype=np.int64)
+        lengths = np.ones(1, dtype=np.int64)
+    elif not keep.all():
+        kept_tokens = np.repeat(keep, lengths)
+        input_ids, labels, position_ids = input_ids[kept_tokens], labels[kept_tokens], position_ids[kept_tokens]
+        lengths = lengths[keep]
+
+    label_positions = np.flatnonzero(labels != IGNORED_LABEL)
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids).unsqueeze(0),
+        position_ids=torch.from_numpy(position_ids).unsqueeze(0),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+        segment_lengths=tuple(int(length) for length in lengths),
+        max_seqlen=int(lengths.max()),
+        label_positions=torch.from_numpy(label_positions),
+        targets=torch.from_numpy(labels[label_positions]),
+    )
+
+
+class Prefetcher:
+    """Runs an iterator in a thread, at most `depth` items ahead, and hands the items on in order.
+
+    An error in the thread is raised by the `next` that would have given the item. `close` stops the thread.
+    """
+
+    def __init__(self, items: Iterator[Any], depth: int) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items,), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Any:
+        kind, value = self._queue.get()
+        if kind == "item":
+            return value
+        self._queue.put((kind, value))  # what ended the thread is the answer to every later call too
+        if kind == "error":
+            raise value
+        raise StopIteration
+
+    def __iter__(self) -> Prefetcher:
+        return self
+
+    def close(self) -> None:
+        """Stops the thread. Items that it had ready are dropped."""
+        self._closed.set()
+        while self._thread.is_alive():
+            # The thread may be waiting for a place in the queue.
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+
+    def _run(self, items: Iterator[Any]) -> None:
+        end: tuple[str, Any] = ("end", None)
+        try:
+            for item in items:
+                if not self._put(("item", item)):
+                    return
+        except BaseException as error:  # whatever it is, it belongs to the thread that waits for the item
+            end = ("error", error if isinstance(error, Exception) else TrainError(f"prefetching stopped: {error!r}"))
+        self._put(end)
+
+    def _put(self, entry: tuple[str, Any]) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False

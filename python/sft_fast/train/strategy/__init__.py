@@ -1,0 +1,52 @@
+"""Training backends by the name that `strategy_args.strategy_name` gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sft_fast.errors import ConfigError
+from sft_fast.train.strategy.base import RankInfo, StepResult, TrainStrategy
+
+__all__ = ["RankInfo", "StepResult", "TrainStrategy", "create_strategy"]
+
+_STRATEGIES = ("deepspeed_train",)
+
+# For users of other backends: what says the same in DeepSpeed's words.
+_EQUIVALENTS = {
+    "megatron_train": (
+        "write strategy_name: deepspeed_train and\n"
+        "  strategy_config.zero_optimization.stage: 1   for use_distributed_optimizer (2 and 3 save more memory;\n"
+        "                                               3 also splits the weights, as tensor and pipeline parallel do)\n"
+        "  strategy_config.zero_optimization.offload_optimizer: {device: cpu}   for optimizer_cpu_offload\n"
+        "  model_args.disable_gradient_checkpointing: false   for recompute_granularity: full\n"
+        "and leave out *_model_parallel_size, sequence_parallel and context_parallel_size"
+    ),
+    "fsdp2_train": (
+        "write strategy_name: deepspeed_train and strategy_config.zero_optimization.stage: 3\n"
+        "(stage 2 for reshard_after_forward: false; offload_param and offload_optimizer for offload_policy)"
+    ),
+}
+
+
+def create_strategy(config: Any, rank: RankInfo) -> TrainStrategy:
+    """The strategy that the configuration names, not yet initialised.
+
+    Raises:
+        ConfigError: the name is unknown, or is one that is not supported; the hint says what to write instead.
+    """
+    check_strategy_name(config.sft_train.strategy_args.strategy_name)
+    # Imported here, because it imports DeepSpeed, which reads the environment when it is imported.
+    from sft_fast.train.strategy.deepspeed import DeepSpeedStrategy
+
+    return DeepSpeedStrategy(config, rank)
+
+
+def check_strategy_name(name: str) -> None:
+    """Raises `ConfigError` unless `name` is a strategy that there is."""
+    if name not in _STRATEGIES:
+        raise ConfigError(
+            f"the strategy {name} is not supported, expected {' or '.join(_STRATEGIES)}",
+            code="unknown_strategy",
+            location="sft_train.strategy_args.strategy_name",
+            hint=_EQUIVALENTS.get(name, "write strategy_name: deepspeed_train"),
+        )

@@ -1,0 +1,162 @@
+"""`deepspeed_train`: DeepSpeed's ZeRO stages 1 to 3 behind the strategy interface.
+
+The loss, the learning rate and the optimizer are ours; DeepSpeed splits states over ranks, casts, clips and reduces.
+The settings that it is given are made in `deepspeed_config.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+
+from sft_fast.errors import TrainError
+from sft_fast.train.batch import MicroBatch
+from sft_fast.train.model import SFTModel
+from sft_fast.train.optim import make_optimizer
+from sft_fast.train.strategy.base import RankInfo, StepResult, TrainStrategy
+from sft_fast.train.strategy.deepspeed_config import make_deepspeed_config
+
+# On a CPU, DeepSpeed would compile a shared-memory operator at every start (a minute, and a compiler); gloo does the
+# same work without it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed_logger.setLevel(logging.WARNING)
+
+
+class DeepSpeedStrategy(TrainStrategy):
+    """See the module. One object is one rank's part of the model."""
+
+    def __init__(self, config: Any, rank: RankInfo) -> None:
+        self._config = config
+        self._rank = rank
+        self._settings = make_deepspeed_config(config)
+        self._engine: Any = None
+        self._optimizer: Any = None
+        self.device = torch.device(rank.device, 0) if rank.device == "cuda" else torch.device(rank.device)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self._rank.rank // int(self._config.model_parallel_size)
+
+    @property
+    def data_parallel_size(self) -> int:
+        return int(self._config.data_parallel_size)
+
+    @property
+    def zero_stage(self) -> int:
+        """1, 2 or 3."""
+        return int(self._settings["zero_optimization"]["stage"])
+
+    def initialize(self, load_model: Callable[[], SFTModel]) -> None:
+        self._join()
+        model = load_model()
+        arguments = self._config.sft_train.training_args
+        self._optimizer = make_optimizer(model, arguments)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=self._settings, dist_init_required=False
+        )
+
+    def _join(self) -> None:
+        """Makes the process group, once a process."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if dist.is_initialized():
+            return
+        rank = self._rank
+        os.environ.update(
+            RANK=str(rank.rank),
+            WORLD_SIZE=str(rank.world_size),
+            # A GPU rank sees its own GPU only, as number 0.
+            LOCAL_RANK="0" if self.device.type == "cuda" else str(rank.local_rank),
+            LOCAL_SIZE=str(rank.local_world_size),
+            LOCAL_WORLD_SIZE=str(rank.local_world_size),
+            MASTER_ADDR=rank.master_address,
+            MASTER_PORT=str(rank.master_port),
+        )
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+    def train_step(
+        self, batches: Iterable[MicroBatch], num_batches: int, num_label_tokens: int, learning_rate: float
+    ) -> StepResult:
+        engine = self._engine
+        engine.train()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        # DeepSpeed divides by the configured number of micro-batches, whatever the number of this step, and takes the
+        # mean over the ranks. Multiplied by both, the gradient is the sum again.
+        weight = self.data_parallel_size * engine.gradient_accumulation_steps()
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for index, batch in enumerate(batches):
+            # Said for each micro-batch, since the last step of an epoch may have fewer of them than the others.
+            engine.set_gradient_accumulation_boundary(index == num_batches - 1)
+            loss = engine(**_arguments(batch.to(self.device)), factor=weight / num_label_tokens)
+            engine.backward(loss)
+            total += loss.detach()
+        engine.step()
+        grad_norm = engine.get_global_grad_norm()
+        result = StepResult(
+            loss=total.item() / weight, grad_norm=math.nan if grad_norm is None else float(grad_norm)
+        )
+        # With float16 DeepSpeed itself leaves a step out when its gradient overflows, and goes on with a lower scale.
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) and not engine.fp16_enabled():
+            raise TrainError(
+                f"the loss or the gradient is not finite (loss {result.loss}, gradient norm {result.grad_norm})",
+                code="not_finite",
+                hint="lower the learning rate or warm up longer; resume from the last checkpoint",
+            )
+        return result
+
+    def val_step(self, batch: MicroBatch) -> float:
+        self._engine.eval()
+        with torch.no_grad():
+            loss: torch.Tensor = self._engine(**_arguments(batch.to(self.device)))
+        return loss.item()
+
+    def save(self, directory: str, tag: str) -> None:
+        # `latest` would point at this checkpoint before it is whole; which one is newest is decided elsewhere.
+        self._engine.save_checkpoint(directory, tag=tag, save_latest=False, exclude_frozen_parameters=self._has_frozen)
+
+    def load(self, directory: str, tag: str) -> None:
+        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_module_strict=not self._has_frozen)
+        if path is None:
+            raise TrainError(f"DeepSpeed could not load the checkpoint {tag}", path=directory, code="checkpoint")
+
+    @property
+    def _has_frozen(self) -> bool:
+        """Whether some weights stay as they are in `pretrain`, so that a checkpoint need not hold them."""
+        return any(not parameter.requires_grad for parameter in self._engine.module.parameters())
+
+    @property
+    def model(self) -> SFTModel:
+        """This rank's part of the model."""
+        module: SFTModel = self._engine.module
+        return module
+
+    def gather_weights(self) -> dict[str, Any] | None:
+        if self.zero_stage == 3:
+            weights = self._engine._consolidated_16bit_state_dict()
+        else:
+            weights = self._engine.module.state_dict()
+        if self._rank.rank != 0:
+            return None
+        return {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in weights.items()}
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+
+
+def _arguments(batch: MicroBatch) -> dict[str, Any]:
+    """A micro-batch as the keyword arguments of `SFTModel.forward`."""
+    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
