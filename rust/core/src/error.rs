@@ -36,6 +36,8 @@ pub enum ErrorKind {
     NoLabelTokens,
     /// The tokenizer failed on a text.
     EncodeFailed,
+    /// Nothing is left to make a dataset of.
+    NoRecords,
     /// A chat template that can't be compiled or rendered faithfully.
     Template,
     /// A tokenizer that is missing or can't be loaded.
@@ -88,6 +90,7 @@ impl ErrorKind {
             Self::TooLong => "too_long",
             Self::NoLabelTokens => "no_label_tokens",
             Self::EncodeFailed => "encode_failed",
+            Self::NoRecords => "no_records",
             Self::Template => "template",
             Self::Tokenizer => "tokenizer",
             Self::Argument => "argument",

@@ -10,9 +10,16 @@ pub mod conversation;
 pub mod error;
 pub mod json;
 pub mod manifest;
+pub mod model;
+pub mod pack;
+pub mod plan;
+pub mod preprocess;
+mod random;
 pub mod sample;
 pub mod shard;
 pub mod source;
+pub mod staging;
+pub mod template;
 pub mod tokenize;
 
 pub use error::{Error, ErrorClass, ErrorKind, Position, Result};

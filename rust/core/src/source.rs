@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::SystemTime;
 
 use crate::error::{Error, ErrorKind, Position, Result};
 
@@ -71,6 +72,7 @@ struct SourceFile {
     path: PathBuf,
     file: File,
     num_bytes: u64,
+    modified: Option<SystemTime>,
     /// Bytes of the byte order mark.
     start: u64,
     is_array: bool,
@@ -101,6 +103,24 @@ impl Source {
     /// Bytes of all files.
     pub fn num_bytes(&self) -> u64 {
         self.files.iter().map(|file| file.num_bytes).sum()
+    }
+
+    /// Number of files.
+    pub fn num_files(&self) -> u32 {
+        self.files.len() as u32
+    }
+
+    /// Refuses files that were written to since they were opened: what was hashed may not be what was read.
+    pub fn check_unchanged(&self) -> Result<()> {
+        for file in &self.files {
+            let metadata = file.file.metadata().map_err(|error| Error::io("read", &file.path, &error))?;
+            if (metadata.len(), metadata.modified().ok()) != (file.num_bytes, file.modified) {
+                return Err(Error::new(ErrorKind::Io, "the file changed while it was read")
+                    .with_path(&file.path)
+                    .with_hint("run again when nothing writes to it"));
+            }
+        }
+        Ok(())
     }
 
     /// Path and size in bytes of file `number`.
@@ -166,7 +186,8 @@ impl SourceFile {
             return Err(Error::new(ErrorKind::Io, format!("expected a file, found {what}")).with_path(path));
         }
         let file = File::open(path).map_err(|error| Error::io("read", path, &error))?;
-        let mut opened = Self { path: path.into(), file, num_bytes: metadata.len(), start: 0, is_array: false };
+        let (num_bytes, modified) = (metadata.len(), metadata.modified().ok());
+        let mut opened = Self { path: path.into(), file, num_bytes, modified, start: 0, is_array: false };
         let mut head = vec![0; opened.num_bytes.min(4096) as usize];
         opened.read_exact_at(&mut head, 0)?;
         for (magic, what) in [(&b"\x1f\x8b"[..], "gzip"), (b"\x28\xb5\x2f\xfd", "Zstandard"), (b"PAR1", "Parquet")] {

@@ -1,7 +1,22 @@
 //! Python module `sft_fast._core`: registers what the other files define, nothing else.
+
+mod dataset;
+mod error;
+mod packing;
+mod preprocess;
+mod template;
+
 use pyo3::prelude::*;
 
 #[pymodule]
-fn _core(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<dataset::Dataset>()?;
+    module.add_class::<packing::Packing>()?;
+    module.add_class::<packing::Steps>()?;
+    module.add_class::<template::ChatTemplate>()?;
+    module.add_class::<preprocess::Progress>()?;
+    module.add_function(wrap_pyfunction!(preprocess::preprocess, module)?)?;
+    module.add_function(wrap_pyfunction!(packing::total_steps, module)?)?;
     Ok(())
 }

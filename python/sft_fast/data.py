@@ -1,0 +1,470 @@
+"""Datasets of samples on disk, the packs they are planned into, and the stream of steps that a trainer takes."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft_fast import _core
+from sft_fast._core import Progress
+from sft_fast.errors import ConfigError, FileError
+
+Batch = dict[str, Any]
+"""Arrays of a micro-batch; see `Packing.batch`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `preprocess` made: `num_records == num_samples + num_rejected`."""
+
+    path: str
+    """Directory of the dataset."""
+    fingerprint: str
+    """Hash of everything that decides the dataset's content."""
+    num_records: int
+    num_samples: int
+    num_rejected: int
+    rejected_by_reason: dict[str, int]
+    """Records left out by reason code; each is a line of `rejected.jsonl`."""
+    num_truncated: int
+    """Samples that lost their end to `sequence_length`; 0 unless `too_long="truncate"`."""
+    num_tokens: int
+    num_label_tokens: int
+    """Tokens with a loss."""
+    max_sample_tokens: int
+    num_bytes: int
+    """Bytes of input."""
+    seconds: float
+    reused: bool
+    """Whether the dataset was there already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The tokens of one record."""
+
+    input_ids: NDArray[np.uint32]
+    """Token ids, uint32 [n]."""
+    label_mask: NDArray[np.bool_]
+    """True where a token is trained on, bool [n]."""
+    source: str
+    """Where the record is: `file:line`."""
+
+
+def preprocess(
+    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    output_dir: str | PathLike[str],
+    *,
+    tokenizer: str | PathLike[str],
+    template: str = "native",
+    sequence_length: int,
+    system_key: str | None = None,
+    prompt_key: str = "instruction",
+    query_key: str | None = None,
+    response_key: str = "output",
+    num_threads: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    too_long: Literal["reject", "truncate"] = "reject",
+    overwrite: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+) -> Report:
+    """Turn records into a dataset of tokens and label masks.
+
+    The same input and settings give the same bytes, whatever the number of threads. If `output_dir` holds that very
+    dataset already, nothing is done. If anything fails, `output_dir` is as it was.
+
+    Args:
+        files: Paths or globs of JSON Lines files or JSON arrays. A record has `messages` (OpenAI's shape) or the fields
+            named below.
+        output_dir: Directory of the dataset; must be new, empty, or a dataset.
+        tokenizer: Directory of a model with `tokenizer.json`.
+        template: `native` (the model's own chat template), a name such as `qwen2_5`, or a `.jinja` file.
+        sequence_length: Longest sample, in tokens.
+        system_key: Field of the system prompt; a record may lack it.
+        prompt_key: Field of the prompt.
+        query_key: Field that is appended to the prompt after a newline; a record may lack it.
+        response_key: Field of the answer.
+        num_threads: Threads that encode; one for each core by default.
+        on_error: `raise` stops at the first wrong record; `skip` leaves wrong records out, lists them in
+            `rejected.jsonl` and counts them.
+        too_long: `reject` leaves samples over `sequence_length` out and counts them; `truncate` cuts and counts them.
+        overwrite: Whether another dataset in `output_dir` may be replaced.
+        progress: Called about ten times a second with the state of the work; an exception stops it.
+
+    Returns:
+        Counts and the path.
+
+    Raises:
+        InputError: A record is wrong; the error has its file, line and column.
+        TemplateError: The chat template is missing or can't be rendered faithfully.
+        TokenizerError: The tokenizer is missing or can't be read.
+        DatasetError: `output_dir` holds something else.
+        FileError: A file can't be read or written.
+        ConfigError: An argument is wrong.
+    """
+    return _preprocess(output_dir, in_cache=False, overwrite=overwrite, files=files, tokenizer=tokenizer,
+                       template=template, sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
+                       query_key=query_key, response_key=response_key, num_threads=num_threads, on_error=on_error,
+                       too_long=too_long, progress=progress)  # fmt: skip
+
+
+def ensure_dataset(
+    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    cache_dir: str | PathLike[str],
+    *,
+    tokenizer: str | PathLike[str],
+    template: str = "native",
+    sequence_length: int,
+    system_key: str | None = None,
+    prompt_key: str = "instruction",
+    query_key: str | None = None,
+    response_key: str = "output",
+    num_threads: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    too_long: Literal["reject", "truncate"] = "reject",
+    progress: Callable[[Progress], object] | None = None,
+) -> Report:
+    """Find the dataset of these files and settings in `cache_dir`, or make it there.
+
+    Datasets are found by content: the bytes of the files, the tokenizer, the template and the settings, never by path or
+    time. Of several processes that want the same dataset at once, one makes it and the others wait.
+
+    The arguments and errors are those of `preprocess`.
+    """
+    return _preprocess(cache_dir, in_cache=True, overwrite=False, files=files, tokenizer=tokenizer, template=template,
+                       sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
+                       query_key=query_key, response_key=response_key, num_threads=num_threads, on_error=on_error,
+                       too_long=too_long, progress=progress)  # fmt: skip
+
+
+def _preprocess(
+    output_dir: str | PathLike[str],
+    *,
+    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    sequence_length: int,
+    num_threads: int | None,
+    **arguments: Any,
+) -> Report:
+    for name, value in (("sequence_length", sequence_length), ("num_threads", num_threads)):
+        if value is not None and not 0 < value < 2**32:
+            raise ConfigError(f"expected {name} to be a positive number, found {value}")
+    path, manifest_json, reused, seconds = _core.preprocess(
+        resolve_files(files), output_dir, sequence_length=sequence_length, num_threads=num_threads, **arguments
+    )
+    manifest = json.loads(manifest_json)
+    return Report(
+        path=fspath(path),
+        max_sample_tokens=manifest["sample_tokens"].get("max", 0),
+        num_bytes=sum(file["num_bytes"] for file in manifest["files"]),
+        seconds=seconds,
+        reused=reused,
+        **{key: manifest[key] for key in _REPORTED},
+    )
+
+
+_REPORTED = (
+    "fingerprint", "num_records", "num_samples", "num_rejected", "rejected_by_reason", "num_truncated", "num_tokens",
+    "num_label_tokens",
+)  # fmt: skip
+
+
+def resolve_files(files: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
+    """Paths and globs as a list of files: each glob sorted, the order of the arguments kept.
+
+    Raises:
+        FileError: A path does not exist, or a glob matches nothing.
+    """
+    resolved = []
+    for path in [files] if isinstance(files, str | PathLike) else files:
+        path = fspath(path)
+        found = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
+        if not found:
+            raise FileError("expected a file or a glob that matches one, found nothing", path=path)
+        resolved += found
+    return resolved
+
+
+def verify(path: str | PathLike[str], progress: Callable[[int], object] | None = None) -> None:
+    """Prove a dataset whole: checksums, and the laws between its parts.
+
+    Args:
+        path: Directory of the dataset.
+        progress: Called with the bytes of each shard that is proved.
+
+    Raises:
+        DatasetError: Something is missing, damaged or of another version; the error says what.
+    """
+    _core.Dataset(path).verify(progress)
+
+
+class Dataset(Sequence[Sample]):
+    """A dataset on disk, mapped into memory: `dataset[i]` is a `Sample`, in the order of the records.
+
+    Args:
+        path: Directory that `preprocess` wrote.
+
+    Raises:
+        DatasetError: It is no dataset, or damaged. Checksums are not read; `verify` does that.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = fspath(path)
+        self._core = _core.Dataset(path)
+
+    def __reduce__(self) -> tuple[type[Dataset], tuple[str]]:
+        return Dataset, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self._core)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # slices would copy; nobody needs them
+        input_ids, label_mask, file, line = self._core.sample(_index(index, len(self)))
+        return Sample(
+            input_ids=input_ids, label_mask=label_mask, source=f"{self.manifest['files'][file]['path']}:{line}"
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What `manifest.json` says; see docs/format.md."""
+        manifest: dict[str, Any] = json.loads(self._core.manifest())
+        return manifest
+
+    @functools.cached_property
+    def lengths(self) -> NDArray[np.uint32]:
+        """Tokens of each sample, uint32 [num_samples]."""
+        return self._core.lengths()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the content."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id of the tokenizer."""
+        return int(self.manifest["vocab_size"])
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills rows."""
+        return int(self.manifest["pad_token_id"])
+
+    def pack(self, *, sequence_length: int, seed: int = 42, epoch: int = 0) -> Packing:
+        """Plan packs: rows of whole samples, as full as they can be made.
+
+        A pure function of the sample lengths and the arguments, equal on every rank and machine. Every sample is in
+        exactly one pack.
+
+        Args:
+            sequence_length: Tokens that a pack may hold.
+            seed: Decides, with `epoch`, which samples share a pack and the order of the packs.
+            epoch: From 0.
+
+        Raises:
+            ConfigError: A sample is longer than `sequence_length`.
+        """
+        return Packing(self, self._core.pack(sequence_length, seed, epoch, True))
+
+    def rows(self, *, sequence_length: int, seed: int = 42, epoch: int = 0) -> Packing:
+        """Rows of one sample each, shuffled: the unpacked mode. Arguments and errors are those of `pack`."""
+        return Packing(self, self._core.pack(sequence_length, seed, epoch, False))
+
+
+class Packing(Sequence[NDArray[np.uint32]]):
+    """The rows of one epoch; `packing[i]` are the sample numbers of row i, uint32 [k]."""
+
+    def __init__(self, dataset: Dataset, core: _core.Packing) -> None:
+        self.dataset = dataset
+        self._core = core
+
+    def __len__(self) -> int:
+        return len(self._core)
+
+    def __getitem__(self, index: int) -> NDArray[np.uint32]:  # type: ignore[override]  # as for Dataset
+        return self._core.row(_index(index, len(self)))
+
+    def __iter__(self) -> Iterator[NDArray[np.uint32]]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def fill_ratio(self) -> float:
+        """The part of all positions that holds a token, in rows of `sequence_length`: 0 to 1."""
+        return self._core.fill_ratio
+
+    def batch(self, rows: Sequence[int], *, shift_labels: bool = False, width: int | None = None) -> Batch:
+        """The arrays of a micro-batch.
+
+        Args:
+            rows: Row numbers.
+            shift_labels: If true, `labels[t]` is the target of position t: the next token of the same sample. If false,
+                `labels[t]` belongs to token t and the model shifts, as transformers does; the first token of a sample
+                then never has a label.
+            width: Tokens of a row; by default `sequence_length` for packs, and the longest of `rows` otherwise.
+
+        Returns:
+            `input_ids`, `labels` (-100 where there is no loss) and `position_ids` (from 0 in each sample), int64
+            [len(rows), width]; `cu_seqlens`, int32 [k + 1], the bounds of the k samples in the flattened rows, where the
+            padding behind the last sample of a row counts as a sample; `max_seqlen`, the longest of them.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        rows = [int(row) for row in rows]
+        if width is None:
+            width = self._core.sequence_length if self._core.is_packed else self._core.max_row_tokens(rows)
+        (input_ids, labels, position_ids), cu_seqlens, max_seqlen = self._core.batch(rows, width, shift_labels)
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": position_ids,
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": max_seqlen,
+        }
+
+    def fill(
+        self,
+        rows: Sequence[int],
+        *,
+        input_ids: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        shift_labels: bool = False,
+    ) -> tuple[NDArray[np.int32], int]:
+        """As `batch`, into arrays int64 [len(rows), width] that the caller owns, such as views of pinned memory.
+
+        Returns:
+            `cu_seqlens` and `max_seqlen`.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: The arrays have other shapes, or are too narrow for a row.
+        """
+        return self._core.fill(rows, shift_labels, input_ids, labels, position_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What one rank does in one step. `num_tokens` and `num_label_tokens` are of the whole global batch."""
+
+    step: int
+    """Global step, from 0."""
+    epoch: int
+    num_tokens: int
+    num_label_tokens: int
+    """Tokens with a loss: what the sum of losses over all ranks is divided by."""
+    micro_batches: list[list[int]]
+    """Row numbers of each micro-batch of the rank. Every rank has the same number of micro-batches; one may be empty in
+    the last step of an epoch, where the rank joins in with a row of padding."""
+
+
+class StepStream:
+    """The steps of a run, as a pure function of the step number: nothing to save, nothing to lose.
+
+    Which samples form step k depends on the dataset, `sequence_length`, `seed` and `num_rows_per_step` alone, so a run may
+    go on with any number of ranks. Every sample is used exactly once an epoch; the last step of an epoch has the rows that
+    are left, and its loss is divided by its own label tokens.
+
+    Args:
+        dataset: The samples.
+        sequence_length: Tokens of a pack; the longest sample allowed.
+        packed: Whether a row is a pack or a single sample.
+        seed: Decides, with the epoch, which samples share a pack and the order of everything.
+        num_rows_per_step: Rows of a global batch.
+        num_epochs: Passes over the data; may be a fraction. Ignored if `max_steps` is positive.
+        max_steps: Steps of the run, if positive.
+
+    Raises:
+        ConfigError: A sample is longer than `sequence_length`, or the arguments give no step.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        sequence_length: int,
+        packed: bool = True,
+        seed: int,
+        num_rows_per_step: int,
+        num_epochs: float = 1.0,
+        max_steps: int = -1,
+    ) -> None:
+        self.dataset = dataset
+        self._sequence_length = sequence_length
+        self._packed = packed
+        self._seed = seed
+        self._num_rows_per_step = num_rows_per_step
+        # Two epochs: prefetching crosses from one into the next.
+        self._epoch_plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
+        self.num_steps_per_epoch = len(self._epoch_plan(0)[1])
+        self.num_steps = _core.total_steps(self.num_steps_per_epoch, num_epochs, max_steps if max_steps > 0 else None)
+        if self.num_steps < 1:
+            raise ConfigError(f"expected at least one step to train, found num_epochs={num_epochs}")
+
+    def _plan_epoch(self, epoch: int) -> tuple[Packing, _core.Steps]:
+        make = self.dataset.pack if self._packed else self.dataset.rows
+        packing = make(sequence_length=self._sequence_length, seed=self._seed, epoch=epoch)
+        return packing, packing._core.steps(self._num_rows_per_step)
+
+    def epoch_of(self, step: int) -> float:
+        """How many epochs are done after `step` steps."""
+        return step / self.num_steps_per_epoch
+
+    def packing(self, epoch: int) -> Packing:
+        """The rows of an epoch."""
+        return self._epoch_plan(epoch)[0]
+
+    def imbalance(self, world_size: int) -> tuple[float, float]:
+        """How much longer than the mean rank the slowest takes by the cost model: (rows dealt in order, as planned)."""
+        return self._epoch_plan(0)[1].imbalance(world_size)
+
+    def step(self, step: int, *, rank: int = 0, world_size: int = 1, rows_per_micro_batch: int) -> StepPlan:
+        """What `rank` of `world_size` does in global step `step`, from 0."""
+        epoch, index = divmod(step, self.num_steps_per_epoch)
+        packing, steps = self._epoch_plan(epoch)
+        num_tokens, num_label_tokens = packing._core.count_tokens(steps.rows(index))
+        return StepPlan(
+            step=step,
+            epoch=epoch,
+            num_tokens=num_tokens,
+            num_label_tokens=num_label_tokens,
+            micro_batches=steps.assign(index, rank, world_size, rows_per_micro_batch),
+        )
+
+    def batch(self, step: StepPlan, micro_batch: int) -> Batch:
+        """The arrays of a micro-batch, as `Packing.batch` with shifted labels, as wide as its longest row."""
+        packing = self.packing(step.epoch)
+        rows = step.micro_batches[micro_batch]
+        if not rows:
+            return _padding_batch(self.dataset.pad_token_id)
+        return packing.batch(rows, shift_labels=True, width=packing._core.max_row_tokens(rows))
+
+
+def _padding_batch(pad_token_id: int) -> Batch:
+    """One row of two tokens without a loss: what a rank computes when it has no rows."""
+    return {
+        "input_ids": np.full((1, 2), pad_token_id, np.int64),
+        "labels": np.full((1, 2), -100, np.int64),
+        "position_ids": np.arange(2, dtype=np.int64)[None],
+        "cu_seqlens": np.array([0, 2], np.int32),
+        "max_seqlen": 2,
+    }
+
+
+def _index(index: int, length: int) -> int:
+    """Python's rule for negative indices."""
+    index = int(index)
+    if not -length <= index < length:
+        raise IndexError(f"index {index} of {length}")
+    return index % length

@@ -1,0 +1,90 @@
+//! What preprocessing takes from a model directory: its tokenizer and its chat template, and their identity.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::error::Result;
+use crate::sample::label_runs;
+use crate::shard::sha256;
+use crate::template::{self, ChatTemplate, Rendered};
+use crate::tokenize::{self, Encode, Encoding, Tokenizer};
+
+/// A tokenizer and the chat template that goes with it.
+pub struct Model {
+    /// The directory, as it was given.
+    pub directory: PathBuf,
+    /// The tokenizer.
+    pub tokenizer: Box<dyn Tokenizer>,
+    /// SHA-256 of `tokenizer.json`.
+    pub tokenizer_sha256: String,
+    /// The template as it was asked for: `native`, a name or a file.
+    pub template_name: String,
+    /// The compiled template.
+    pub template: ChatTemplate,
+    /// SHA-256 of the template's text and of the special tokens that it can print.
+    pub template_sha256: String,
+    /// The date that the template takes for today.
+    pub template_date: String,
+    /// Token that fills rows: the tokenizer's padding token, or its end token, or 0.
+    pub pad_token_id: u32,
+}
+
+impl Model {
+    /// Loads the tokenizer of `directory` and the chat template that `template` names (`native`: the model's own).
+    pub fn load(directory: &Path, template: &str) -> Result<Self> {
+        let tokenizer = tokenize::load(directory)?;
+        let tokenizer_sha256 = sha256(&directory.join("tokenizer.json"))?;
+        let (name, source, special_tokens) = template::load(directory, template)?;
+        let special = |name: &str| special_tokens.iter().find(|(key, _)| key == name).map(|(_, token)| &**token);
+        let pad_token_id = [special("pad_token"), special("eos_token")]
+            .into_iter()
+            .flatten()
+            .find_map(|token| tokenizer.token_to_id(token))
+            .unwrap_or(0);
+        let canonical = serde_json::to_vec(&(&source, &special_tokens)).expect("plain data");
+        let template_sha256 = Sha256::digest(canonical).iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self {
+            directory: directory.into(),
+            tokenizer,
+            tokenizer_sha256,
+            template_name: template.into(),
+            template: ChatTemplate::compile(&name, &source, &special_tokens)?,
+            template_sha256,
+            template_date: String::new(),
+            pad_token_id,
+        })
+    }
+}
+
+/// One thread's buffers on the way from a conversation to tokens.
+pub struct Sampler<'a> {
+    encoder: Box<dyn Encode + 'a>,
+    /// The last text and its label spans.
+    pub rendered: Rendered,
+    /// The tokens of the last text.
+    pub encoding: Encoding,
+    /// The runs of tokens that are trained on.
+    pub runs: Vec<Range<u32>>,
+}
+
+impl<'a> Sampler<'a> {
+    /// Buffers for `model`.
+    pub fn new(model: &'a Model) -> Self {
+        Self {
+            encoder: model.tokenizer.encoder(),
+            rendered: Rendered::default(),
+            encoding: Encoding::default(),
+            runs: Vec::new(),
+        }
+    }
+
+    /// Renders and encodes `conversation` into the buffers.
+    pub fn sample(&mut self, model: &Model, conversation: &crate::conversation::Conversation<'_>) -> Result<()> {
+        model.template.render(conversation, &mut self.rendered)?;
+        self.encoder.encode(&self.rendered.text, &mut self.encoding)?;
+        label_runs(&self.encoding, &self.rendered.spans, &mut self.runs);
+        Ok(())
+    }
+}

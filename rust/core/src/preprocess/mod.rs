@@ -1,0 +1,311 @@
+//! The parallel pipeline: chunks of records in, shards, rejected records and manifest out, in the order of the input.
+//!
+//! Threads take chunks from the [`Source`] and turn them into samples on their own (`worker`). The calling thread puts the
+//! results in order (`collect`), so that the bytes on disk depend on neither the number of threads nor the size of chunks;
+//! one more thread writes full shards. A window bounds how far the fastest thread may run ahead of the slowest.
+
+mod collect;
+mod worker;
+
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use crate::conversation::FieldMapping;
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::{DATASET_FORMAT, Dataset, FORMAT_VERSION, MANIFEST_NAME, Manifest, Recipe, SourceInfo};
+use crate::model::Model;
+use crate::sample::TooLong;
+use crate::shard::TokenType;
+use crate::source::Source;
+use crate::staging::Staging;
+use collect::Collector;
+use worker::{Gate, work};
+
+/// What to do with a record that is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnError {
+    /// Stop and write nothing.
+    Raise,
+    /// Leave the record out, write it to `rejected.jsonl` and count it.
+    Skip,
+}
+
+/// Where the dataset goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// This directory. Another dataset there is replaced only if `overwrite` says so.
+    Directory {
+        /// The directory of the dataset.
+        path: PathBuf,
+        /// Whether another dataset may be replaced.
+        overwrite: bool,
+    },
+    /// A directory named by the fingerprint, in this one.
+    Cache(PathBuf),
+}
+
+/// What to preprocess, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The input files, in order.
+    pub files: Vec<PathBuf>,
+    /// Where the dataset goes.
+    pub place: Place,
+    /// Which fields hold what.
+    pub mapping: FieldMapping,
+    /// Longest sample, in tokens.
+    pub sequence_length: u32,
+    /// What to do with longer ones.
+    pub too_long: TooLong,
+    /// What to do with wrong records.
+    pub on_error: OnError,
+    /// Threads that encode; `None`: one for each core.
+    pub num_threads: Option<NonZero<usize>>,
+    /// About how much of the input a thread takes at a time; `None`: by the size of the input. Never changes the output.
+    pub chunk_bytes: Option<usize>,
+    /// A shard is closed before it would hold more tokens.
+    pub max_shard_tokens: u32,
+}
+
+/// Tokens of a full shard: 128 MiB of 4-byte ids.
+pub const MAX_SHARD_TOKENS: u32 = 1 << 25;
+
+/// How far the work is. Counts are of what is finished, in the order of the input.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Whether the input is still being hashed, to find out whether the dataset is there already.
+    pub is_hashing: bool,
+    /// Bytes of input read in this phase.
+    pub num_bytes: u64,
+    /// Bytes of input in all.
+    pub num_total_bytes: u64,
+    /// Records read.
+    pub num_records: u64,
+    /// Records left out.
+    pub num_rejected: u64,
+    /// Tokens made.
+    pub num_tokens: u64,
+}
+
+/// The dataset that [`preprocess`] made or found.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Its directory.
+    pub path: PathBuf,
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Whether it was there already.
+    pub is_reused: bool,
+    /// Wall time.
+    pub elapsed: Duration,
+}
+
+/// Makes the dataset that `options` describe, unless it is there already.
+///
+/// `on_progress` is called about ten times a second; an error from it stops the work.
+///
+/// # Errors
+/// The first wrong record in the order of the input, with its place, if `on_error` is [`OnError::Raise`]; samples that are
+/// too long or have nothing to learn are counted, never raised. Whatever the error, nothing half-written is left.
+pub fn preprocess(
+    options: &Options,
+    model: &Model,
+    on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
+) -> Result<Report> {
+    let start = Instant::now();
+    if options.files.is_empty() {
+        return Err(Error::new(ErrorKind::Argument, "expected at least one input file, found none"));
+    }
+    if options.sequence_length < 2 {
+        let message = format!("expected a sequence_length of at least 2, found {}", options.sequence_length);
+        return Err(Error::new(ErrorKind::Argument, message));
+    }
+    let source = Source::open(&options.files, chunk_bytes(options)?)?;
+    let files = hash_files(&source, on_progress)?;
+    let recipe = recipe(options, model);
+    let fingerprint = recipe.fingerprint(&files);
+    let target = match &options.place {
+        Place::Directory { path, .. } => path.clone(),
+        Place::Cache(path) => path.join(&fingerprint[..32]),
+    };
+    let progress = Progress { num_total_bytes: source.num_bytes(), ..Progress::default() };
+    let staging = Staging::lock(&target, || on_progress(&progress))?;
+    if let Some(manifest) = find_dataset(&target, &fingerprint, &options.place)? {
+        return Ok(Report { path: target, manifest, is_reused: true, elapsed: start.elapsed() });
+    }
+
+    let directory = staging.create()?;
+    let collector = Collector::new(directory, files, options, TokenType::for_vocab(model.tokenizer.vocab_size()))?;
+    let counts = encode(options, model, &source, collector, on_progress)?;
+    let manifest = Manifest {
+        format: DATASET_FORMAT.into(),
+        format_version: FORMAT_VERSION,
+        fingerprint,
+        recipe,
+        tokenizer: model.directory.display().to_string(),
+        template: model.template_name.clone(),
+        template_verdict: serde_json::to_value(model.template.verdict()).expect("plain data"),
+        vocab_size: model.tokenizer.vocab_size(),
+        pad_token_id: model.pad_token_id,
+        token_type: TokenType::for_vocab(model.tokenizer.vocab_size()),
+        sample_tokens: counts.sample_tokens(),
+        num_records: counts.num_records,
+        num_samples: counts.num_records - counts.num_rejected,
+        num_rejected: counts.num_rejected,
+        rejected_by_reason: counts.rejected_by_reason,
+        num_truncated: counts.num_truncated,
+        num_tokens: counts.num_tokens,
+        num_label_tokens: counts.num_label_tokens,
+        files: counts.files,
+        shards: counts.shards,
+    };
+    if manifest.num_samples == 0 {
+        return Err(no_samples(&manifest));
+    }
+    manifest.write(directory)?;
+    staging.publish()?;
+    Ok(Report { path: target, manifest, is_reused: false, elapsed: start.elapsed() })
+}
+
+/// Runs the threads; the calling one collects.
+fn encode(
+    options: &Options,
+    model: &Model,
+    source: &Source,
+    mut collector: Collector<'_>,
+    on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
+) -> Result<collect::Counts> {
+    let num_threads = num_threads(options)?;
+    let gate = Gate::new(4 * num_threads as u64);
+    std::thread::scope(|scope| {
+        let (sender, receiver) = channel();
+        for _ in 0..num_threads {
+            let (sender, gate) = (sender.clone(), &gate);
+            scope.spawn(move || work(options, model, source, gate, &sender));
+        }
+        drop(sender);
+        let _open_gate = gate.close_on_drop(); // whatever happens below, no thread waits for ever
+        let mut last = Instant::now();
+        let mut progress = Progress { num_total_bytes: source.num_bytes(), ..Progress::default() };
+        loop {
+            match receiver.recv_timeout(PROGRESS_INTERVAL) {
+                Ok(batch) => {
+                    let num_taken = collector.take(batch?)?;
+                    gate.advance(num_taken);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            if last.elapsed() >= PROGRESS_INTERVAL {
+                last = Instant::now();
+                collector.report(&mut progress);
+                on_progress(&progress)?;
+            }
+        }
+        collector.report(&mut progress);
+        on_progress(&progress)?;
+        collector.finish(source)
+    })
+}
+
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+fn num_threads(options: &Options) -> Result<usize> {
+    match options.num_threads {
+        Some(number) => Ok(number.get()),
+        None => std::thread::available_parallelism()
+            .map(NonZero::get)
+            .map_err(|error| Error::new(ErrorKind::Io, format!("could not count the cores: {error}"))),
+    }
+}
+
+/// Hashes the input: what a dataset is found by.
+fn hash_files(source: &Source, on_progress: &mut dyn FnMut(&Progress) -> Result<()>) -> Result<Vec<SourceInfo>> {
+    let mut progress = Progress { is_hashing: true, num_total_bytes: source.num_bytes(), ..Progress::default() };
+    let mut last = Instant::now();
+    (0..source.num_files())
+        .map(|number| {
+            let (path, num_bytes) = source.file(number);
+            let blake3 = source.hash(number, |count| {
+                progress.num_bytes += count as u64;
+                if last.elapsed() < PROGRESS_INTERVAL {
+                    return Ok(());
+                }
+                last = Instant::now();
+                on_progress(&progress)
+            })?;
+            Ok(SourceInfo { path: path.display().to_string(), num_bytes, blake3, num_records: 0 })
+        })
+        .collect()
+}
+
+fn recipe(options: &Options, model: &Model) -> Recipe {
+    let mapping = options.mapping.clone();
+    let is_dated = model.template.verdict().date_dependent;
+    Recipe {
+        sequence_length: options.sequence_length,
+        too_long: match options.too_long {
+            TooLong::Reject => "reject".into(),
+            TooLong::Truncate => "truncate".into(),
+        },
+        system_key: mapping.system_key,
+        prompt_key: mapping.prompt_key,
+        query_key: mapping.query_key,
+        response_key: mapping.response_key,
+        tokenizer_sha256: model.tokenizer_sha256.clone(),
+        template_sha256: model.template_sha256.clone(),
+        template_date: is_dated.then(|| model.template_date.clone()),
+    }
+}
+
+/// The dataset in `target`, if it is the wanted one; an error if something else is there that must not be replaced.
+fn find_dataset(target: &Path, fingerprint: &str, place: &Place) -> Result<Option<Manifest>> {
+    let is_empty = match std::fs::read_dir(target) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
+        Err(error) => return Err(Error::io("read the directory", target, &error)),
+    };
+    if is_empty {
+        return Ok(None);
+    }
+    let refuse = |what: &str, hint: &str| Err(Error::new(ErrorKind::Dataset, what).with_path(target).with_hint(hint));
+    if !target.join(MANIFEST_NAME).exists() {
+        return refuse(
+            "expected a dataset, a new or an empty directory, found a directory with other files",
+            "choose another output directory; nothing in this one was touched",
+        );
+    }
+    let overwrite = matches!(place, Place::Cache(_) | Place::Directory { overwrite: true, .. });
+    match Dataset::open(target) {
+        Ok(dataset) if dataset.manifest().fingerprint == fingerprint => Ok(Some(dataset.manifest().clone())),
+        _ if overwrite => Ok(None),
+        Ok(_) => refuse(
+            "expected the dataset of these files and settings, found another one",
+            "choose another output directory, or replace the dataset with --overwrite (overwrite=True)",
+        ),
+        Err(error) => Err(error.with_hint("replace the damaged dataset with --overwrite (overwrite=True)")),
+    }
+}
+
+/// Small inputs are cut finer, so that all threads have something to do.
+fn chunk_bytes(options: &Options) -> Result<usize> {
+    if let Some(chunk_bytes) = options.chunk_bytes {
+        return Ok(chunk_bytes);
+    }
+    let num_bytes: u64 = options.files.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
+    let share = num_bytes / (8 * num_threads(options)? as u64);
+    Ok(share.clamp(1 << 16, 1 << 20) as usize)
+}
+
+fn no_samples(manifest: &Manifest) -> Error {
+    let files: Vec<_> = manifest.files.iter().map(|file| &*file.path).collect();
+    if manifest.num_records == 0 {
+        let message = format!("expected records, found none in {}", files.join(", "));
+        return Error::new(ErrorKind::NoRecords, message);
+    }
+    let reasons: Vec<_> = manifest.rejected_by_reason.iter().map(|(code, count)| format!("{code} {count}")).collect();
+    let message = format!("expected at least one sample, but all {} records were rejected", manifest.num_records);
+    Error::new(ErrorKind::NoRecords, message).with_hint(format!("by reason: {}", reasons.join(", ")))
+}

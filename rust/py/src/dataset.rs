@@ -1,0 +1,79 @@
+//! `Dataset`: a dataset opened for reading.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use numpy::{PyArray1, ToPyArray};
+use pyo3::exceptions::PyIndexError;
+use pyo3::prelude::*;
+use sft_fast_core::manifest::Dataset as CoreDataset;
+use sft_fast_core::pack;
+
+use crate::error::{detached, to_python};
+use crate::packing::{Packing, pack_error};
+
+/// See `sft_fast.Dataset`.
+#[pyclass(frozen, module = "sft_fast._core")]
+pub struct Dataset {
+    inner: Arc<CoreDataset>,
+}
+
+#[pymethods]
+impl Dataset {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let inner = py.detach(|| CoreDataset::open(&path)).map_err(|error| to_python(py, &error))?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    fn __len__(&self) -> usize {
+        self.inner.lengths().len()
+    }
+
+    /// (token ids uint32 [n], label mask bool [n], file number, line) of sample `index`.
+    #[expect(clippy::type_complexity, reason = "a tuple for Python")]
+    fn sample<'py>(
+        &self,
+        py: Python<'py>,
+        index: usize,
+    ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<bool>>, u32, u32)> {
+        if index >= self.__len__() {
+            return Err(PyIndexError::new_err(format!("sample {index} of {}", self.__len__())));
+        }
+        let sample = self.inner.sample(index);
+        let (file, line) = sample.record();
+        let mask: Vec<bool> = sample.label_mask().collect();
+        Ok((PyArray1::from_vec(py, sample.token_ids.to_vec()), PyArray1::from_vec(py, mask), file, line))
+    }
+
+    /// Tokens of each sample, uint32 [num_samples].
+    fn lengths<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u32>> {
+        self.inner.lengths().to_pyarray(py)
+    }
+
+    /// The manifest as JSON.
+    fn manifest(&self) -> String {
+        serde_json::to_string(self.inner.manifest()).expect("plain data")
+    }
+
+    /// Proves the dataset whole; `progress` is called with the bytes of each shard that is.
+    fn verify(&self, py: Python<'_>, progress: Option<Py<PyAny>>) -> PyResult<()> {
+        detached(py, |call| {
+            self.inner.verify(|num_bytes| {
+                call(&|py| match &progress {
+                    Some(progress) => progress.call1(py, (num_bytes,)).map(drop),
+                    None => Ok(()),
+                })
+            })
+        })
+    }
+
+    /// Rows of samples: packs if `packed`, else one sample a row.
+    fn pack(&self, py: Python<'_>, sequence_length: u32, seed: u64, epoch: u64, packed: bool) -> PyResult<Packing> {
+        let make = if packed { pack::pack } else { pack::rows };
+        let packing = py
+            .detach(|| make(self.inner.lengths(), sequence_length, seed, epoch))
+            .map_err(|error| pack_error(py, &error))?;
+        Ok(Packing::new(self.inner.clone(), Arc::new(packing), sequence_length, seed, epoch, packed))
+    }
+}

@@ -1,0 +1,95 @@
+//! `preprocess`: one call that makes a dataset.
+
+use std::num::NonZero;
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use sft_fast_core::conversation::FieldMapping;
+use sft_fast_core::model::Model;
+use sft_fast_core::preprocess::{self as core, MAX_SHARD_TOKENS, OnError, Options, Place};
+use sft_fast_core::sample::TooLong;
+use sft_fast_core::{Error, ErrorKind};
+
+use crate::error::{detached, to_python};
+
+/// How far preprocessing is: see `sft_fast.Progress`.
+#[pyclass(frozen, get_all, module = "sft_fast._core")]
+pub struct Progress {
+    is_hashing: bool,
+    num_bytes: u64,
+    num_total_bytes: u64,
+    num_records: u64,
+    num_rejected: u64,
+    num_tokens: u64,
+}
+
+/// Makes a dataset and returns (path, manifest as JSON, whether it was there already, seconds).
+#[pyfunction]
+#[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
+    query_key, response_key, num_threads, on_error, too_long, overwrite, progress, chunk_bytes=None, max_shard_tokens=None))]
+#[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
+pub fn preprocess(
+    py: Python<'_>,
+    files: Vec<PathBuf>,
+    output_dir: PathBuf,
+    in_cache: bool,
+    tokenizer: PathBuf,
+    template: String,
+    sequence_length: u32,
+    system_key: Option<String>,
+    prompt_key: String,
+    query_key: Option<String>,
+    response_key: String,
+    num_threads: Option<NonZero<usize>>,
+    on_error: &str,
+    too_long: &str,
+    overwrite: bool,
+    progress: Option<Py<PyAny>>,
+    chunk_bytes: Option<usize>,
+    max_shard_tokens: Option<u32>,
+) -> PyResult<(PathBuf, String, bool, f64)> {
+    let unknown = |name: &str, expected: &str, found: &str| {
+        to_python(py, &Error::new(ErrorKind::Argument, format!("expected {name} to be {expected}, found '{found}'")))
+    };
+    let options = Options {
+        files,
+        place: match in_cache {
+            true => Place::Cache(output_dir),
+            false => Place::Directory { path: output_dir, overwrite },
+        },
+        mapping: FieldMapping { system_key, prompt_key, query_key, response_key },
+        sequence_length,
+        too_long: match too_long {
+            "reject" => TooLong::Reject,
+            "truncate" => TooLong::Truncate,
+            found => return Err(unknown("too_long", "'reject' or 'truncate'", found)),
+        },
+        on_error: match on_error {
+            "raise" => OnError::Raise,
+            "skip" => OnError::Skip,
+            found => return Err(unknown("on_error", "'raise' or 'skip'", found)),
+        },
+        num_threads,
+        chunk_bytes,
+        max_shard_tokens: max_shard_tokens.unwrap_or(MAX_SHARD_TOKENS),
+    };
+    let report = detached(py, |call| {
+        let model = Model::load(&tokenizer, &template)?;
+        core::preprocess(&options, &model, &mut |state| {
+            call(&|py| {
+                let Some(progress) = &progress else { return Ok(()) };
+                let state = Progress {
+                    is_hashing: state.is_hashing,
+                    num_bytes: state.num_bytes,
+                    num_total_bytes: state.num_total_bytes,
+                    num_records: state.num_records,
+                    num_rejected: state.num_rejected,
+                    num_tokens: state.num_tokens,
+                };
+                progress.call1(py, (state,)).map(drop)
+            })
+        })
+    })?;
+    let manifest = serde_json::to_string(&report.manifest).expect("plain data");
+    Ok((report.path, manifest, report.is_reused, report.elapsed.as_secs_f64()))
+}
