@@ -18,12 +18,13 @@ Messages = Sequence[dict[str, Any]]
 class ChatTemplate:
     """The chat template of a model, with its tokenizer.
 
-    The text equals that of `apply_chat_template(messages, tools=tools, tokenize=False)` of transformers, the ids those of
-    the tokenizer on that text without special tokens around it.
+    The text equals that of `apply_chat_template(messages, tools=tools, tokenize=False)` of transformers, the ids those
+    of the tokenizer on that text without special tokens around it.
 
     Examples:
         >>> template = ChatTemplate.from_pretrained("path/to/model")  # doctest: +SKIP
-        >>> text, spans = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+        >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        >>> text, spans = template.render(messages)  # doctest: +SKIP
     """
 
     def __init__(self, core: _core.ChatTemplate) -> None:
@@ -69,7 +70,7 @@ class ChatTemplate:
 
     @property
     def verdict(self) -> dict[str, Any]:
-        """What is known of the template: `prefix_preserving`, `end_of_turn_trained`, `date_dependent`, …"""
+        """What is known of the template: `prefix_preserving`, `end_of_turn_trained`, `date_dependent`."""
         verdict: dict[str, Any] = json.loads(self._core.verdict())
         return verdict
 

@@ -135,8 +135,8 @@ def ensure_dataset(
 ) -> Report:
     """Find the dataset of these files and settings in `cache_dir`, or make it there.
 
-    Datasets are found by content: the bytes of the files, the tokenizer, the template and the settings, never by path or
-    time. Of several processes that want the same dataset at once, one makes it and the others wait.
+    Datasets are found by content: the bytes of the files, the tokenizer, the template and the settings, never by path
+    or time. Of several processes that want the same dataset at once, one makes it and the others wait.
 
     The arguments and errors are those of `preprocess`.
     """
@@ -315,8 +315,8 @@ class Packing(Sequence[NDArray[np.uint32]]):
 
         Returns:
             `input_ids`, `labels` (-100 where there is no loss) and `position_ids` (from 0 in each sample), int64
-            [len(rows), width]; `cu_seqlens`, int32 [k + 1], the bounds of the k samples in the flattened rows, where the
-            padding behind the last sample of a row counts as a sample; `max_seqlen`, the longest of them.
+            [len(rows), width]; `cu_seqlens`, int32 [k + 1], the bounds of the k samples in the flattened rows, where
+            the padding behind the last sample of a row counts as a sample; `max_seqlen`, the longest of them.
 
         Raises:
             IndexError: There is no such row.
@@ -372,9 +372,9 @@ class StepPlan:
 class StepStream:
     """The steps of a run, as a pure function of the step number: nothing to save, nothing to lose.
 
-    Which samples form step k depends on the dataset, `sequence_length`, `seed` and `num_rows_per_step` alone, so a run may
-    go on with any number of ranks. Every sample is used exactly once an epoch; the last step of an epoch has the rows that
-    are left, and its loss is divided by its own label tokens.
+    Which samples form step k depends on the dataset, `sequence_length`, `seed` and `num_rows_per_step` alone, so a run
+    may go on with any number of ranks. Every sample is used exactly once an epoch; the last step of an epoch has the
+    rows that are left, and its loss is divided by its own label tokens.
 
     Args:
         dataset: The samples.

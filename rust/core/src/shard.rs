@@ -6,9 +6,10 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use memmap2::Mmap;
@@ -131,7 +132,11 @@ impl ShardBuilder {
         let metadata = HashMap::from([("format".to_owned(), SHARD_FORMAT.to_owned())]);
         safetensors::serialize_to_file(tensors, Some(metadata), &path)
             .map_err(|error| Error::new(ErrorKind::Io, format!("could not write: {error}")).with_path(&path))?;
+        // The library writes files that only their owner may read; a dataset is as readable as its directory.
+        let mode = directory.metadata().map_err(|error| Error::io("read", directory, &error))?.permissions().mode();
         let file = File::open(&path).map_err(|error| Error::io("open", &path, &error))?;
+        file.set_permissions(Permissions::from_mode(mode & 0o666))
+            .map_err(|error| Error::io("write", &path, &error))?;
         file.sync_all().map_err(|error| Error::io("write", &path, &error))?;
         let num_bytes = file.metadata().map_err(|error| Error::io("read", &path, &error))?.len();
         Ok(ShardInfo { name: name.into(), num_bytes, sha256: sha256(&path)?, num_samples, num_tokens })

@@ -37,6 +37,9 @@ pub trait Tokenizer: Send + Sync {
 
     /// One more than the largest token id.
     fn vocab_size(&self) -> u32;
+
+    /// The id of a token by its text, added tokens included.
+    fn token_to_id(&self, token: &str) -> Option<u32>;
 }
 
 /// Encodes texts, one after the other.

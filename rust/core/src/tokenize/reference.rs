@@ -35,6 +35,10 @@ impl Tokenizer for ReferenceTokenizer {
     fn vocab_size(&self) -> u32 {
         self.vocab_size
     }
+
+    fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
 }
 
 struct ReferenceEncoder<'a>(&'a tokenizers::Tokenizer);
