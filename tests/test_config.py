@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_fast.config import SFTConfig, WorkerConfig, load_config, resolve_files, resolved_yaml, schema
+from sft_fast.config import SFTConfig, WorkerConfig, load_config, resolved_yaml, schema
 from sft_fast.config.roll import NOT_ACTED_ON
 from sft_fast.config.values import all_keys, field_types, nearest_key, parse_device_mapping, section_of
 from sft_fast.errors import ConfigError, FileError
@@ -441,27 +441,6 @@ def test_no_secret_is_written(load: Any) -> None:
     assert "shown-2" in text
     assert "example.org" in text
     assert config.tracker_kwargs["api_key"] == "hidden-1"
-
-
-def test_files_of_a_glob_are_sorted(tmp_path: Path) -> None:
-    """A name, a glob and a list of both stand for the same files in the same order on every machine."""
-    for name in ("b.jsonl", "a.jsonl", "c.json", "odd[1].jsonl"):
-        (tmp_path / name).touch()
-
-    paths = {name: str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.json", "odd[1].jsonl")}
-    assert resolve_files(str(tmp_path / "[ab].jsonl")) == [paths["a.jsonl"], paths["b.jsonl"]]
-    assert resolve_files([paths["c.json"], str(tmp_path / "a*")]) == [paths["c.json"], paths["a.jsonl"]]
-    assert resolve_files(paths["odd[1].jsonl"]) == [paths["odd[1].jsonl"]]
-
-
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "*.parquet", "."])
-def test_missing_data_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A file that is not there, a glob without a match and a directory are errors with the key that names them."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileError) as caught:
-        resolve_files(name, "sft_train.data_args.file_name")
-
-    assert (caught.value.path, caught.value.location) == (name, "sft_train.data_args.file_name")
 
 
 SHIPPED = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*/*.yaml")])

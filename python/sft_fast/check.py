@@ -13,8 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 import sft_fast
-from sft_fast.config import SFTConfig, resolve_files
+from sft_fast.config import SFTConfig
 from sft_fast.console import count, print_note, size, two_columns
+from sft_fast.data import resolve_files
 from sft_fast.errors import FileError, SftFastError
 from sft_fast.inspect.terminal import show_samples
 
@@ -44,7 +45,7 @@ def check_run(config: SFTConfig, console: Console, num_samples: int) -> None:
             location="pretrain",
             hint="pretrain is a directory with config.json, weights and tokenizer.json; nothing is downloaded",
         )
-    files = {name: resolve_files(file_name, key) for name, file_name, key in config.data_files()}
+    files = {name: resolve_files(names) for name, names in config.data_files().items()}
     console.print(two_columns("run", _run_rows(config, files)))
     console.print(two_columns("batch", _batch_rows(config)))
     for name, paths in files.items():

@@ -104,7 +104,6 @@ def preprocess(
         _print_reports(reports, as_json)
         return
     import sft_fast
-    from sft_fast.config import resolve_files
 
     if not (arguments and output_dir and tokenizer and sequence_length):
         given = {
@@ -120,7 +119,7 @@ def preprocess(
         )
     with console.PreprocessProgress("preprocessing") as progress:
         report = sft_fast.preprocess(
-            resolve_files(arguments),
+            arguments,
             output_dir,
             tokenizer=tokenizer,
             template=template,
@@ -230,13 +229,12 @@ def _load(config_path: str, config_name: str, overrides: Sequence[str] | None) -
 def _preprocess_config(config: SFTConfig) -> dict[str, sft_fast.Report]:
     """Finds or makes the data sets that a configuration names: `train`, and `validation` where there is one."""
     import sft_fast
-    from sft_fast.config import resolve_files
 
     reports = {}
-    for name, file_name, key in config.data_files():
+    for name, files in config.data_files().items():
         with console.PreprocessProgress(name) as progress:
             reports[name] = sft_fast.ensure_dataset(
-                resolve_files(file_name, key), config.data_cache_dir, progress=progress, **config.preprocess_options()
+                files, config.data_cache_dir, progress=progress, **config.preprocess_options()
             )
     return reports
 
@@ -278,19 +276,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     try:
         app(args=None if arguments is None else list(arguments))
-    except SftFastError as error:
-        status, text = error.exit_status, str(error)
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing is left to tell them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        hint = "" if _debug() else "\n  this is a mistake in sft-fast; SFT_FAST_DEBUG=1 shows where it happened"
-        status, text = 1, f"{type(error).__name__}: {error}{hint}"
-    if _debug():
-        traceback.print_exc()
-    console.print_error(text)
-    sys.exit(status)
+        if _debug():
+            traceback.print_exception(error)
+        if isinstance(error, SftFastError):
+            status, text = error.exit_status, str(error)
+        else:
+            status, text = 1, f"{type(error).__name__}: {error}"
+            if not _debug():
+                text += "\n  this is a mistake in sft-fast; SFT_FAST_DEBUG=1 shows where it happened"
+        console.print_error(text)
+        sys.exit(status)
+    sys.exit(0)
 
 
 def _debug() -> bool:

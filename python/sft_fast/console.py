@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    import sft_fast
+    from sft_fast.data import Progress as PreprocessState
+    from sft_fast.data import Report
 
 # Seconds between two plain progress lines.
 PLAIN_INTERVAL_SECONDS = 5.0
@@ -112,7 +113,7 @@ class PreprocessProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, progress: sft_fast.Progress) -> None:
+    def __call__(self, progress: PreprocessState) -> None:
         """Takes the state of the work: bytes done of all bytes in this phase, and records so far."""
         if progress.is_hashing != self._was_hashing:
             self._was_hashing = progress.is_hashing
@@ -143,7 +144,7 @@ class PreprocessProgress:
         )
 
 
-def report_table(report: sft_fast.Report, title: str) -> Table:
+def report_table(report: Report, title: str) -> Table:
     """The outcome of preprocessing as a table: everything that went in, and where it is now."""
     rejected = [(f"  {reason}", count(number)) for reason, number in sorted(report.rejected_by_reason.items())]
     share = report.num_label_tokens / max(report.num_tokens, 1)
@@ -155,6 +156,7 @@ def report_table(report: sft_fast.Report, title: str) -> Table:
             ("samples", count(report.num_samples)),
             ("rejected", count(report.num_rejected)),
             *rejected,
+            *([("truncated", count(report.num_truncated))] if report.num_truncated else []),
             ("tokens", count(report.num_tokens)),
             ("label tokens", f"{count(report.num_label_tokens)} ({share:.1%})"),
             ("longest sample", f"{count(report.max_sample_tokens)} tokens"),

@@ -3,7 +3,7 @@
 Nothing here imports torch, Ray or the extension.
 """
 
-from sft_fast.config.load import load_config, resolve_files, resolved_yaml
+from sft_fast.config.load import load_config, resolved_yaml
 from sft_fast.config.schema import (
     DataArguments,
     ModelArguments,
@@ -23,6 +23,5 @@ __all__ = [
     "ValidationConfig",
     "WorkerConfig",
     "load_config",
-    "resolve_files",
     "resolved_yaml",
 ]

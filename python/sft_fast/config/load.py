@@ -6,7 +6,6 @@ names the key and, where a file holds it, the place in that file.
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import warnings
@@ -85,27 +84,6 @@ def resolved_yaml(config: SFTConfig) -> str:
         group["system_envs"] = _masked(group["system_envs"])
     values["tracker_kwargs"] = _masked(values["tracker_kwargs"])
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-
-
-def resolve_files(file_name: str | Sequence[str], key: str = "") -> list[str]:
-    """The files that a name, a glob (`data/*.jsonl`, sorted), or a list of both stands for.
-
-    Args:
-        file_name: as in `data_args.file_name`.
-        key: full name of the key it comes from, for the error.
-
-    Raises:
-        FileError: a name that is no file, or a glob that matches none.
-    """
-    files: list[str] = []
-    for name in [file_name] if isinstance(file_name, str) else file_name:
-        found = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-        if not found:
-            hint = f"it is a directory; write {os.path.join(name, '*.jsonl')}" if os.path.isdir(name) else None
-            reason = "no file matches this pattern" if glob.has_magic(name) else "no such file"
-            raise FileError(reason, code="missing_file", path=name, location=key or None, hint=hint)
-        files += found
-    return files
 
 
 def _find_file(directory: str, name: str) -> Path:

@@ -334,14 +334,11 @@ class SFTConfig:
         """The validation files as written, or None where there is no validation."""
         return (self.validation.data_args.file_name or None) if self.validation else None
 
-    def data_files(self) -> list[tuple[str, str | list[str], str]]:
-        """The data sets of the run: (`train` or `validation`, files as written, full key that names them)."""
+    def data_files(self) -> dict[str, str | list[str]]:
+        """The files of each data set of the run as written: `train`, and `validation` where there is one."""
         train_files, validation_files = self.sft_train.data_args.file_name, self.validation_file_name
         assert train_files, "checked when the configuration was made"
-        files = [("train", train_files, "sft_train.data_args.file_name")]
-        if validation_files:
-            files.append(("validation", validation_files, "validation.data_args.file_name"))
-        return files
+        return {"train": train_files} | ({"validation": validation_files} if validation_files else {})
 
     def preprocess_options(self) -> dict[str, Any]:
         """The keyword arguments of `sft_fast.preprocess` and `ensure_dataset` that decide what the samples are."""

@@ -147,7 +147,7 @@ def _checked(value: Any, annotation: Any, key: str) -> Any:
                 if not bound.holds(result):
                     raise ConfigError(f"expected a number {bound}, found {value}", code="out_of_range", location=key)
             return result
-    expected = " or ".join(_describe(member) for member in members)
+    expected = describe(annotation, with_bounds=False)
     if all(typing.get_origin(member) is Literal or member is type(None) for member in members):
         choices = [str(choice) for member in members for choice in typing.get_args(member)]
         close = difflib.get_close_matches(str(value), choices, n=1)
@@ -187,17 +187,24 @@ def _allows_none(annotation: Any) -> bool:
     return type(None) in _members(annotation)
 
 
-def _describe(member: Any) -> str:
-    """A type in words."""
+def describe(annotation: Any, with_bounds: bool = True) -> str:
+    """A type in words, such as `a whole number at least 1 or null`."""
+    return " or ".join(_describe(member, with_bounds) for member in _members(annotation))
+
+
+def _describe(member: Any, with_bounds: bool) -> str:
+    """One plain type in words."""
     origin, arguments = typing.get_origin(member), typing.get_args(member)
     if origin is Annotated:
-        return _describe(arguments[0])
+        words = _describe(arguments[0], with_bounds)
+        return " ".join([words, *map(str, arguments[1:])]) if with_bounds else words
     if origin is Literal:
         return " or ".join(f'"{choice}"' for choice in arguments)
     if origin is list:
         return "a list of texts" if arguments[0] is str else "a list of whole numbers"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
-    return words.get(member, "a group of keys")
+    words_of_type = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    words_of_type[type(None)] = "null"
+    return words_of_type.get(member, "a group of keys")
 
 
 def _found(value: Any) -> str:
