@@ -278,7 +278,7 @@ mod tests {
         /// A row costs what its samples cost one by one.
         #[test]
         fn costs_add_up(lengths in vec(1_u32..100_000, 0..20)) {
-            let sum = lengths.iter().map(|&length| u64::from(length)).map(|length| 10 * length + 3 * length * length).sum();
+            let sum = lengths.iter().map(|&length| u64::from(length)).map(|length| 10 * length + 3 * length * length).sum::<u64>();
             prop_assert_eq!(row_cost(lengths, MODEL), sum);
         }
     }

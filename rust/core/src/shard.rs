@@ -282,7 +282,7 @@ impl Shard {
                 return Err(damaged(format!("{expected}, found {found_dtype:?} {found_shape:?}")));
             }
             let start = tensor.data().as_ptr() as usize - map.as_ptr() as usize;
-            if start % dtype.bitsize().div_ceil(8) != 0 {
+            if !start.is_multiple_of(dtype.bitsize().div_ceil(8)) {
                 return Err(damaged(format!("expected {name} to be aligned, found it at byte {start}")));
             }
             Ok(start..start + tensor.data().len())

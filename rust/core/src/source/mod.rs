@@ -1,7 +1,11 @@
-//! Files → chunks of records with their places. JSON Lines is read in parallel, a JSON array by one scan.
+//! Files → chunks of records with their places. Plain JSON Lines are read in parallel (`lines`); JSON arrays and compressed
+//! files by one scan (`scan`).
 //!
 //! A chunk is a buffer of whole records. Its lines are counted from the chunk's own start, since nobody has counted the
 //! newlines before it yet; whoever takes the chunks in order adds them up ([`Chunk::num_newlines`]).
+
+mod lines;
+mod scan;
 
 use std::fs::File;
 use std::io::Read;
@@ -10,6 +14,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::SystemTime;
+
+use scan::Scan;
 
 use crate::error::{Error, ErrorKind, Position, Result};
 
@@ -73,9 +79,18 @@ struct SourceFile {
     file: File,
     num_bytes: u64,
     modified: Option<SystemTime>,
+    compression: Compression,
     /// Bytes of the byte order mark.
-    start: u64,
+    start: usize,
     is_array: bool,
+}
+
+/// How a file is compressed, told by its first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Compression {
+    None,
+    Gzip,
+    Zstd,
 }
 
 #[derive(Debug, Default)]
@@ -84,7 +99,7 @@ struct Cursor {
     file: usize,
     /// Next byte of a JSON Lines file.
     offset: u64,
-    array: Option<ArrayScan>,
+    scan: Option<Scan>,
 }
 
 impl Source {
@@ -152,13 +167,13 @@ impl Source {
         loop {
             let Some(file) = self.files.get(cursor.file) else { return Ok(false) };
             let number = cursor.file as u32;
-            if file.is_array {
-                let mut scan = match cursor.array.take() {
+            if file.is_array || file.compression != Compression::None {
+                let mut scan = match cursor.scan.take() {
                     Some(scan) => scan,
-                    None => ArrayScan::new(file)?,
+                    None => Scan::new(file.reader()?, file.start, file.is_array),
                 };
                 if scan.next(self.chunk_bytes, chunk).map_err(|error| Error::io("read", &file.path, &error))? {
-                    cursor.array = Some(scan);
+                    cursor.scan = Some(scan);
                     (chunk.file, chunk.sequence) = (number, cursor.sequence);
                     cursor.sequence += 1;
                     return Ok(true);
@@ -187,22 +202,37 @@ impl SourceFile {
         }
         let file = File::open(path).map_err(|error| Error::io("read", path, &error))?;
         let (num_bytes, modified) = (metadata.len(), metadata.modified().ok());
-        let mut opened = Self { path: path.into(), file, num_bytes, modified, start: 0, is_array: false };
-        let mut head = vec![0; opened.num_bytes.min(4096) as usize];
-        opened.read_exact_at(&mut head, 0)?;
-        for (magic, what) in [(&b"\x1f\x8b"[..], "gzip"), (b"\x28\xb5\x2f\xfd", "Zstandard"), (b"PAR1", "Parquet")] {
-            if head.starts_with(magic) {
-                return Err(Error::new(ErrorKind::InvalidJson, format!("expected JSON text, found a {what} file"))
+        let (compression, start, is_array) = (Compression::None, 0, false);
+        let mut opened = Self { path: path.into(), file, num_bytes, modified, compression, start, is_array };
+        opened.compression = match opened.head()? {
+            head if head.starts_with(b"\x1f\x8b") => Compression::Gzip,
+            head if head.starts_with(b"\x28\xb5\x2f\xfd") => Compression::Zstd,
+            head if head.starts_with(b"PAR1") => {
+                return Err(Error::new(ErrorKind::InvalidJson, "expected JSON text, found a Parquet file")
                     .with_path(path)
-                    .with_hint("decompress or convert it to JSON Lines first"));
+                    .with_hint("convert it to JSON Lines first"));
             }
-        }
+            _ => Compression::None,
+        };
+        let head = opened.head()?;
         if head.starts_with(b"\xEF\xBB\xBF") {
             opened.start = 3;
         }
-        let first = head[opened.start as usize..].iter().find(|byte| !byte.is_ascii_whitespace());
+        let first = head[opened.start..].iter().find(|byte| !byte.is_ascii_whitespace());
         opened.is_array = first == Some(&b'[');
         Ok(opened)
+    }
+
+    /// The decompressed content, from the start.
+    fn reader(&self) -> Result<scan::Reader> {
+        scan::Reader::open(&self.path, self.compression).map_err(|error| Error::io("read", &self.path, &error))
+    }
+
+    /// The first bytes of the content, as decompressed as is known to be needed.
+    fn head(&self) -> Result<Vec<u8>> {
+        let mut head = Vec::new();
+        self.reader()?.take(4096).read_to_end(&mut head).map_err(|error| Error::io("read", &self.path, &error))?;
+        Ok(head)
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
@@ -213,235 +243,9 @@ impl SourceFile {
             _ => Error::io("read", &self.path, &error),
         })
     }
-
-    /// Takes the lines that begin in bytes `start..end` of the file; the last of them may reach beyond `end`.
-    fn read_lines(&self, start: u64, end: u64, chunk: &mut Chunk) -> Result<()> {
-        let end = end.min(self.num_bytes);
-        // One byte more in front tells whether a line begins at `start`.
-        let from = if start == 0 { self.start.min(end) } else { start - 1 };
-        let bytes = &mut chunk.bytes;
-        bytes.resize((end - from) as usize, 0);
-        self.read_exact_at(bytes, from)?;
-        chunk.num_source_bytes = end - start;
-        chunk.start_column = 0;
-        chunk.num_newlines = 0;
-
-        let mut line_start = match start {
-            0 => 0,
-            _ => match memchr::memchr(b'\n', bytes) {
-                Some(newline) => newline + 1,
-                None => bytes.len(),
-            },
-        };
-        chunk.start = line_start;
-        let num_own_bytes = bytes.len();
-        let mut too_large = false;
-        if line_start < num_own_bytes && bytes.last() != Some(&b'\n') {
-            too_large = !self.read_rest_of_line(from, bytes)?;
-        }
-        while line_start < num_own_bytes {
-            let newline = memchr::memchr(b'\n', &bytes[line_start..]).map(|length| line_start + length);
-            let line_end = newline.unwrap_or(bytes.len());
-            let is_cut = too_large && newline.is_none();
-            if is_cut || bytes[line_start..line_end].iter().any(|byte| !byte.is_ascii_whitespace()) {
-                chunk.records.push(RecordSpan {
-                    range: line_start..line_end,
-                    num_newlines_before: chunk.num_newlines,
-                    flaw: is_cut.then_some((ErrorKind::RecordTooLarge, TOO_LARGE)),
-                });
-            }
-            chunk.num_newlines += u64::from(newline.is_some() || is_cut);
-            line_start = line_end + 1;
-        }
-        Ok(())
-    }
-
-    /// Appends the bytes up to the next newline or the end of the file; false if that would pass [`MAX_RECORD_BYTES`].
-    fn read_rest_of_line(&self, from: u64, bytes: &mut Vec<u8>) -> Result<bool> {
-        let mut step = 1 << 16;
-        loop {
-            let at = from + bytes.len() as u64;
-            if at == self.num_bytes {
-                return Ok(true);
-            }
-            if bytes.len() > MAX_RECORD_BYTES {
-                return Ok(false);
-            }
-            let old = bytes.len();
-            bytes.resize(old + (self.num_bytes - at).min(step) as usize, 0);
-            self.read_exact_at(&mut bytes[old..], at)?;
-            if let Some(newline) = memchr::memchr(b'\n', &bytes[old..]) {
-                bytes.truncate(old + newline + 1);
-                return Ok(true);
-            }
-            step *= 2;
-        }
-    }
 }
 
 const TOO_LARGE: &str = "expected a record of at most 256 MiB, found a larger one";
-
-/// Cuts a JSON array into its elements, without reading the elements: it only follows strings and brackets.
-#[derive(Debug)]
-struct ArrayScan {
-    file: File,
-    /// Bytes read and not handed out yet.
-    carry: Vec<u8>,
-    is_file_read: bool,
-    is_done: bool,
-    is_first: bool,
-    column: u64,
-}
-
-impl ArrayScan {
-    fn new(file: &SourceFile) -> Result<Self> {
-        let reopened = File::open(&file.path).map_err(|error| Error::io("read", &file.path, &error))?;
-        let mut scan =
-            Self { file: reopened, carry: Vec::new(), is_file_read: false, is_done: false, is_first: true, column: 0 };
-        scan.read(4096).map_err(|error| Error::io("read", &file.path, &error))?;
-        scan.carry.drain(..(file.start as usize).min(scan.carry.len()));
-        Ok(scan)
-    }
-
-    fn read(&mut self, num_bytes: usize) -> std::io::Result<()> {
-        let old = self.carry.len();
-        self.carry.resize(old + num_bytes, 0);
-        let mut filled = old;
-        while filled < self.carry.len() {
-            match self.file.read(&mut self.carry[filled..]) {
-                Ok(0) => {
-                    self.is_file_read = true;
-                    break;
-                }
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        self.carry.truncate(filled);
-        Ok(())
-    }
-
-    /// The byte at `at`, read from the file if need be.
-    fn byte(&mut self, at: usize, chunk_bytes: usize) -> std::io::Result<Option<u8>> {
-        while at >= self.carry.len() && !self.is_file_read {
-            self.read(chunk_bytes)?;
-        }
-        Ok(self.carry.get(at).copied())
-    }
-
-    fn skip_space(&mut self, mut at: usize, chunk_bytes: usize) -> std::io::Result<usize> {
-        while matches!(self.byte(at, chunk_bytes)?, Some(b' ' | b'\n' | b'\r' | b'\t')) {
-            at += 1;
-        }
-        Ok(at)
-    }
-
-    /// The end of the element at `at`: the `,` or `]` behind it, or the end of the file. None: it is too large.
-    fn element_end(&mut self, start: usize, chunk_bytes: usize) -> std::io::Result<Option<usize>> {
-        let (mut at, mut depth) = (start, 0usize);
-        loop {
-            match self.byte(at, chunk_bytes)? {
-                None => return Ok(Some(at)),
-                Some(b',' | b']') if depth == 0 => return Ok(Some(at)),
-                Some(b'[' | b'{') => depth += 1,
-                Some(b']' | b'}') => depth = depth.saturating_sub(1),
-                Some(b'"') => {
-                    at += 1;
-                    loop {
-                        match memchr::memchr2(b'"', b'\\', self.carry.get(at..).unwrap_or_default()) {
-                            Some(length) if self.carry[at + length] == b'"' => {
-                                at += length;
-                                break;
-                            }
-                            Some(length) => at += length + 2,
-                            None => {
-                                at = at.max(self.carry.len());
-                                if self.byte(at, chunk_bytes)?.is_none() {
-                                    return Ok(Some(self.carry.len()));
-                                }
-                            }
-                        }
-                        if at - start > MAX_RECORD_BYTES {
-                            return Ok(None);
-                        }
-                    }
-                }
-                Some(_) => {}
-            }
-            at += 1;
-            if at - start > MAX_RECORD_BYTES {
-                return Ok(None);
-            }
-        }
-    }
-
-    fn next(&mut self, chunk_bytes: usize, chunk: &mut Chunk) -> std::io::Result<bool> {
-        if self.is_done {
-            return Ok(false);
-        }
-        let mut spans: Vec<(Range<usize>, Option<(ErrorKind, &'static str)>)> = Vec::new();
-        let flaw = |message| Some((ErrorKind::InvalidJson, message));
-        let mut at = 0;
-        if self.is_first {
-            at = self.skip_space(at, chunk_bytes)? + 1; // the opening bracket
-            let next = self.skip_space(at, chunk_bytes)?;
-            if self.byte(next, chunk_bytes)? == Some(b']') {
-                self.is_done = true;
-                at = next + 1;
-            }
-            self.is_first = false;
-        }
-        while !self.is_done && (at < chunk_bytes || spans.is_empty()) {
-            let start = self.skip_space(at, chunk_bytes)?;
-            let Some(end) = self.element_end(start, chunk_bytes)? else {
-                // Nobody knows where the next element begins: the rest of the array is lost with this one.
-                spans.push((start..start + 1, Some((ErrorKind::RecordTooLarge, TOO_LARGE))));
-                self.is_done = true;
-                at = self.carry.len();
-                break;
-            };
-            let closing = self.byte(end, chunk_bytes)?;
-            if closing.is_some() || end > start {
-                spans.push((start..end, None));
-            }
-            at = end + 1;
-            match closing {
-                Some(b',') => {}
-                Some(_) => self.is_done = true,
-                None => {
-                    spans.push((end..end, flaw("invalid JSON: expected ',' or ']', found the end of the file")));
-                    self.is_done = true;
-                    at = end;
-                }
-            }
-        }
-        if self.is_done {
-            at = self.skip_space(at, chunk_bytes)?;
-            if at < self.carry.len() {
-                let message = "invalid JSON: expected the end of the file after ']'";
-                spans.push((at..at + 1, flaw(message)));
-                at = self.carry.len();
-            }
-        }
-
-        std::mem::swap(&mut chunk.bytes, &mut self.carry);
-        self.carry.clear();
-        self.carry.extend_from_slice(&chunk.bytes[at..]);
-        chunk.bytes.truncate(at);
-        (chunk.start, chunk.start_column) = (0, self.column);
-        chunk.num_source_bytes = at as u64;
-        let (mut counted, mut num_newlines) = (0, 0);
-        for (range, flaw) in spans {
-            num_newlines += memchr::memchr_iter(b'\n', &chunk.bytes[counted..range.start]).count() as u64;
-            counted = range.start;
-            chunk.records.push(RecordSpan { range, num_newlines_before: num_newlines, flaw });
-        }
-        chunk.num_newlines = num_newlines + memchr::memchr_iter(b'\n', &chunk.bytes[counted..]).count() as u64;
-        self.column = chunk.position(chunk.bytes.len()).column - 1;
-        Ok(true)
-    }
-}
 
 #[cfg(test)]
 mod tests {
@@ -509,7 +313,29 @@ mod tests {
         let open = |path: &Path| Source::open(&[path.to_path_buf()], 16).unwrap_err().to_string();
         assert!(open(directory.path()).contains("expected a file, found a directory"));
         assert!(open(&directory.path().join("none")).contains("could not read"));
-        assert!(open(file(b"\x1f\x8b\x08rest").path()).contains("found a gzip file"));
+        assert!(open(file(b"PAR1").path()).contains("found a Parquet file"));
+        assert!(open(file(b"\x1f\x8b\x08rest").path()).contains("could not read"));
+    }
+
+    // A compressed file has the records of its content; one that is cut off is an error, never a shorter file.
+    #[test]
+    fn compressed_files_are_read() {
+        for text in [&b"\xEF\xBB\xBF{\"a\": 1}\n\n {}\n[2]"[..], b"[{}, 1,\n \"long enough for two chunks\"]\n", b""] {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            gzip.write_all(text).unwrap();
+            let zstd = zstd::encode_all(text, 1).unwrap();
+            for compressed in [gzip.finish().unwrap(), zstd] {
+                assert_eq!(records(text, 16), records(&compressed, 16));
+                let cut = file(&compressed[..compressed.len() - 3]);
+                let source = Source::open(&[cut.path().to_path_buf()], 16);
+                let read = |source: Source| {
+                    let mut chunk = Chunk::default();
+                    while source.next(&mut chunk)? {}
+                    Ok(())
+                };
+                assert!(source.and_then(read).is_err());
+            }
+        }
     }
 
     proptest! {
