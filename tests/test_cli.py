@@ -1,5 +1,6 @@
 """The command line: what each command prints and leaves, its exit status, and how it answers mistakes."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_help_of_every_command(run_cli: Run, command: str) -> None:
     result = run_cli(command, "--help")
 
     assert result.returncode == 0
-    assert "Usage: sft-fast" in result.stdout.replace("-c ", "sft-fast ") or "Usage:" in result.stdout
+    assert f"Usage: sft-fast {command} " in result.stdout
     if command != "export":
         assert "--config-path" in result.stdout
         assert "--config-name" in result.stdout
@@ -178,6 +179,17 @@ def test_validate_reads_only_the_beginning(
     with pytest.raises(errors.InputError) as caught:
         check.check_run(config, cli.console.stdout_console(), 1)
     assert (caught.value.path, caught.value.line) == (str(path), 4 if ending == "json" else 3)
+
+
+def test_validate_reads_compressed_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compressed file has no beginning that could be cut off: it is read whole, however large."""
+    from sft_fast import check
+
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 1000))
+    monkeypatch.setattr(check, "MAX_HEAD_BYTES", 10)
+
+    assert check._head(str(path), tmp_path / "head") == str(path)
 
 
 def sft_fast_config(directory: Path, *overrides: str) -> Any:

@@ -23,6 +23,8 @@ from sft_fast.inspect.terminal import show_samples
 MAX_HEAD_BYTES = 4_000_000
 # Files that are looked into; all of them must exist.
 MAX_FILES = 8
+# First bytes of gzip and Zstandard files, which are read whole.
+COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
 
 
 def check_run(config: SFTConfig, console: Console, num_samples: int) -> None:
@@ -133,6 +135,8 @@ def _head(path: str, scratch: Path) -> str:
         return path
     with open(path, "rb") as file:
         beginning = file.read(MAX_HEAD_BYTES)
+    if beginning.startswith(COMPRESSED):
+        return path
     if beginning.lstrip().startswith(b"["):
         beginning = _first_elements(beginning.decode("utf-8", errors="ignore")).encode()
     else:

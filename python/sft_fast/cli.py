@@ -49,7 +49,7 @@ OptionalConfigName = Annotated[
     typer.Option("--config-name", "--config_name", metavar="NAME", help="Take everything from this configuration."),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace those of the file.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace those of the file.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -68,7 +68,7 @@ def preprocess(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="FILE...", help="JSONL or JSON files, or globs; with --config-name: KEY=VALUE overrides."
+            metavar="FILE", help="JSONL or JSON files, or globs; with --config-name: KEY=VALUE overrides."
         ),
     ] = None,
     output_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data set goes.")] = None,
@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     An error is one text on stderr; with `SFT_FAST_DEBUG=1` its traceback comes first.
     """
     try:
-        app(args=None if arguments is None else list(arguments))
+        app(args=None if arguments is None else list(arguments), prog_name="sft-fast")
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing is left to tell them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from sft_fast.data import Progress as PreprocessState
+    from sft_fast._core import Progress as PreprocessState
     from sft_fast.data import Report
 
 # Seconds between two plain progress lines.

@@ -64,8 +64,9 @@ def show_samples(
         source = f"{(renamed or {}).get(file, file)}:{line}"
         title = Text.assemble((f"sample {number}", "bold"), f"  {source}  {len(mask):,} tokens, {sum(mask):,} trained")
         console.print(title, soft_wrap=True)
-        console.print(sample_text(reader, sample.input_ids.tolist(), mask, in_colour=_has_colours(console)))
-        console.print()
+        text = sample_text(reader, sample.input_ids.tolist(), mask, in_colour=_has_colours(console))
+        # Not wrapped at words, which would swallow spaces: what is shown is what is trained on.
+        console.print(text, soft_wrap=True, end="\n" if text.plain.endswith("\n") else "\n\n")
 
 
 def load_tokenizer(directory: str) -> Tokenizer:
