@@ -1,0 +1,331 @@
+//! The fast engine: byte-level BPE as `tokenizers` does it, exactly, for the tokenizers that it understands in every part.
+//!
+//! A text goes through the same steps as in `tokenizers`:
+//!
+//! 1. added tokens are found in the text as given ([`added`]);
+//! 2. what lies between is normalised to NFC, if the tokenizer says so ([`normalize`]), and searched for the added tokens that
+//!    match normalised text;
+//! 3. what still lies between is cut into pretokens ([`pretokenize`], [`stages`], with the classes of [`classes`]);
+//! 4. each pretoken becomes ids: from the thread's [`cache`], else by merging its bytes ([`bpe`]).
+//!
+//! [`load`] reads a tokenizer.json and refuses one that has anything else in it.
+
+mod added;
+mod bpe;
+mod cache;
+mod classes;
+mod load;
+mod normalize;
+mod pretokenize;
+mod stages;
+#[cfg(test)]
+mod tests;
+mod vocab;
+
+pub use load::NotUnderstood;
+
+use added::Piece;
+use cache::{Cache, Key};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A byte-level BPE tokenizer.
+pub struct FastTokenizer {
+    parts: load::Parts,
+    /// Which tokenizer a scratch belongs to.
+    number: u64,
+}
+
+/// What a thread keeps between texts: the pretoken cache and working memory.
+pub struct Scratch {
+    cache_bytes: usize,
+    /// The tokenizer whose ids the cache holds.
+    owner: u64,
+    cache: Option<Cache>,
+    cursor: pretokenize::Cursor,
+    work: bpe::Workspace,
+}
+
+/// Where a byte of the text came to lie among the tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// Number of the token, counted in `ids`, that holds the byte; the number of tokens for the end of the text.
+    pub token: usize,
+    /// Whether the token begins before the byte.
+    pub inside: bool,
+}
+
+impl Mark {
+    /// As the end of a range of bytes: the number of the first token that has no byte of the range.
+    pub fn as_end(self) -> usize {
+        self.token + self.inside as usize
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::with_cache_bytes(32 << 20)
+    }
+}
+
+impl Scratch {
+    /// A scratch whose cache takes about this many bytes, once it is used.
+    pub fn with_cache_bytes(cache_bytes: usize) -> Self {
+        Self { cache_bytes, owner: 0, cache: None, cursor: Default::default(), work: Default::default() }
+    }
+}
+
+/// How a text is encoded.
+#[derive(Clone, Copy, Default)]
+pub struct Request<'a> {
+    /// Places in the text (bytes, ascending, at most its length) of which one wants to know the token.
+    pub marks: &'a [usize],
+    /// Ranges of bytes (ascending, disjoint) in which no added token is recognised.
+    pub plain: &'a [Range<usize>],
+}
+
+impl FastTokenizer {
+    /// Reads a tokenizer.json.
+    ///
+    /// # Errors
+    /// Names the part that this engine does not understand.
+    pub fn from_json(json: &[u8]) -> Result<Self, NotUnderstood> {
+        static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1);
+        Ok(Self { parts: load::load(json)?, number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed) })
+    }
+
+    /// One more than the largest id.
+    pub fn vocab_size(&self) -> u32 {
+        let named = self.parts.named.values().map(|id| id + 1).max().unwrap_or(0);
+        named.max(self.parts.lengths.len() as u32)
+    }
+
+    /// The id of a token by its text as tokenizer.json writes it, added tokens included.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        let named = self.parts.named.get(token).copied();
+        named.or_else(|| {
+            let mut bytes = Vec::new();
+            load::Alphabet::new().decode(token, &mut bytes)?;
+            self.parts.vocab.get(&bytes)
+        })
+    }
+
+    /// Whether text is normalised to NFC first.
+    pub fn is_nfc(&self) -> bool {
+        self.parts.nfc.is_some()
+    }
+
+    /// Appends the ids of `text` to `ids`.
+    pub fn encode(&self, text: &str, scratch: &mut Scratch, ids: &mut Vec<u32>) {
+        self.encode_request(text, Request::default(), scratch, ids, &mut Vec::new());
+    }
+
+    /// Appends the ids of `text` to `ids`, and to `marks` one mark for each place of the request.
+    pub fn encode_request(
+        &self,
+        text: &str,
+        request: Request,
+        scratch: &mut Scratch,
+        ids: &mut Vec<u32>,
+        marks: &mut Vec<Mark>,
+    ) {
+        let mut run = self.run(scratch, ids, Marker { places: request.marks, marks });
+        run.text(text, request.plain);
+        let end = run.ids.len();
+        run.marker.at_end(end);
+    }
+
+    /// Appends the ids of `text` to `ids`, and to `ends` the end of each in bytes of `text`. The tokens tile the text: each starts
+    /// where the one before ends. (Where NFC changed a stretch of the text, its tokens end with the stretch.)
+    pub fn encode_ends(&self, text: &str, scratch: &mut Scratch, ids: &mut Vec<u32>, ends: &mut Vec<u32>) {
+        let mut marks = Vec::new();
+        let mut run = self.run(scratch, ids, Marker { places: &[], marks: &mut marks });
+        run.ends = Some(ends);
+        run.text(text, &[]);
+    }
+
+    fn run<'a>(&'a self, scratch: &'a mut Scratch, ids: &'a mut Vec<u32>, marker: Marker<'a>) -> Run<'a> {
+        let Scratch { cache_bytes, owner, cache, cursor, work } = scratch;
+        if *owner != self.number {
+            *owner = self.number;
+            *cache = None;
+        }
+        let cache = cache.get_or_insert_with(|| Cache::new(*cache_bytes));
+        Run { parts: &self.parts, cache, cursor, work, ids, marker, ends: None }
+    }
+}
+
+/// The places whose tokens are still to be found.
+struct Marker<'a> {
+    places: &'a [usize],
+    marks: &'a mut Vec<Mark>,
+}
+
+impl Marker<'_> {
+    /// The next place, in the whole text.
+    fn next(&self) -> usize {
+        self.places.first().copied().unwrap_or(usize::MAX)
+    }
+
+    fn put(&mut self, token: usize, inside: bool) {
+        self.marks.push(Mark { token, inside });
+        self.places = &self.places[1..];
+    }
+
+    fn at_end(&mut self, token: usize) {
+        while !self.places.is_empty() {
+            self.put(token, false);
+        }
+    }
+}
+
+/// The encoding of one text.
+struct Run<'a> {
+    parts: &'a load::Parts,
+    cache: &'a mut Cache,
+    cursor: &'a mut pretokenize::Cursor,
+    work: &'a mut bpe::Workspace,
+    ids: &'a mut Vec<u32>,
+    marker: Marker<'a>,
+    ends: Option<&'a mut Vec<u32>>,
+}
+
+impl Run<'_> {
+    fn text(&mut self, text: &str, plain: &[Range<usize>]) {
+        let parts = self.parts;
+        parts.raw_added.split(text, plain, |piece| match piece {
+            Piece::Token { id, range } => self.added(id, range),
+            Piece::Text(range) => self.between(&text[range.clone()], range.start, plain),
+        });
+    }
+
+    /// A token that covers `range` of the text.
+    fn added(&mut self, id: u32, range: Range<usize>) {
+        while self.marker.next() < range.end {
+            let inside = self.marker.next() > range.start;
+            self.marker.put(self.ids.len(), inside);
+        }
+        self.ids.push(id);
+        if let Some(ends) = &mut self.ends {
+            ends.push(range.end as u32);
+        }
+    }
+
+    /// Text between added tokens, before normalisation; `base` is where it starts.
+    fn between(&mut self, text: &str, base: usize, plain: &[Range<usize>]) {
+        let parts = self.parts;
+        let normalized = parts.nfc.as_ref().and_then(|nfc| nfc.normalize(text));
+        let Some(normalized) = normalized else {
+            let plain = plain_within(plain, base..base + text.len(), |at| at - base);
+            parts.normalized_added.split(text, &plain, |piece| match piece {
+                Piece::Token { id, range } => self.added(id, base + range.start..base + range.end),
+                Piece::Text(range) => self.pretokens(text[range.clone()].as_bytes(), base + range.start),
+            });
+            return;
+        };
+        // NFC changed something: encode the normalised text as a text of its own, then lead its places back.
+        let plain = plain_within(plain, base..base + text.len(), |at| normalized.place(at - base).0);
+        let here = self.marker.places.partition_point(|place| *place < base + text.len());
+        let (places, later) = self.marker.places.split_at(here);
+        let placed: Vec<(usize, bool)> = places.iter().map(|place| normalized.place(place - base)).collect();
+        let inner_places: Vec<usize> = placed.iter().map(|place| place.0).collect();
+        let mut inner_marks = Vec::new();
+        let mut inner_ends = Vec::new();
+        let mut inner = Run {
+            parts,
+            cache: self.cache,
+            cursor: self.cursor,
+            work: self.work,
+            ids: self.ids,
+            marker: Marker { places: &inner_places, marks: &mut inner_marks },
+            ends: self.ends.is_some().then_some(&mut inner_ends),
+        };
+        parts.normalized_added.split(&normalized.text, &plain, |piece| match piece {
+            Piece::Token { id, range } => inner.added(id, range),
+            Piece::Text(range) => inner.pretokens(normalized.text[range.clone()].as_bytes(), range.start),
+        });
+        inner.marker.at_end(inner.ids.len());
+        self.marker.marks.extend(
+            inner_marks.iter().zip(&placed).map(|(mark, (_, inside))| Mark { inside: mark.inside || *inside, ..*mark }),
+        );
+        self.marker.places = later;
+        if let Some(ends) = &mut self.ends {
+            ends.extend(inner_ends.iter().map(|end| (base + normalized.origin(*end as usize)) as u32));
+        }
+    }
+
+    /// Text without added tokens, as it is; `base` is where it starts.
+    fn pretokens(&mut self, text: &[u8], base: usize) {
+        self.cursor.reset();
+        let num_before = self.ids.len();
+        let mut start = 0;
+        while start < text.len() {
+            let end = self.parts.pretokenizer.next(text, start, self.cursor);
+            let first = self.ids.len();
+            self.pretoken(text, start, end);
+            if self.marker.next() < base + end {
+                self.mark(first, text, base, start, end);
+            }
+            start = end;
+        }
+        if let Some(ends) = &mut self.ends {
+            let mut end = 0;
+            for id in &self.ids[num_before..] {
+                end = self.parts.end_of(*id, text, end);
+                ends.push((base + end) as u32);
+            }
+            if let Some(last) = ends.last_mut().filter(|_| num_before < self.ids.len()) {
+                *last = (base + text.len()) as u32;
+            }
+        }
+    }
+
+    fn pretoken(&mut self, text: &[u8], start: usize, end: usize) {
+        let key = Key::new(text, start, end);
+        let pretoken = &text[start..end];
+        if self.cache.get(key, pretoken, self.ids) {
+            return;
+        }
+        let first = self.ids.len();
+        let whole = if self.parts.ignore_merges { self.parts.vocab.get(pretoken) } else { None };
+        match whole {
+            Some(id) => self.ids.push(id),
+            None => self.parts.merges.encode(pretoken, self.work, self.ids),
+        }
+        self.cache.put(key, pretoken, &self.ids[first..]);
+    }
+
+    /// Settles the marks in the pretoken `text[start..end]`, whose tokens are those from number `first` on.
+    fn mark(&mut self, first: usize, text: &[u8], base: usize, start: usize, end: usize) {
+        let (mut token, mut token_start) = (first, start);
+        while self.marker.next() < base + end {
+            let place = self.marker.next() - base;
+            while token < self.ids.len() {
+                let token_end = self.parts.end_of(self.ids[token], text, token_start);
+                if place < token_end {
+                    break;
+                }
+                (token, token_start) = (token + 1, token_end);
+            }
+            self.marker.put(token, place > token_start && token < self.ids.len());
+        }
+    }
+}
+
+impl load::Parts {
+    /// Where a token of the model that starts at `start` ends. Bytes that have no token belong to the token after them.
+    fn end_of(&self, id: u32, text: &[u8], start: usize) -> usize {
+        let len = self.lengths[id as usize] as usize;
+        if !self.merges.leaves_out() {
+            return start + len;
+        }
+        let kept = text[start..].iter().enumerate().filter(|(_, byte)| self.merges.keeps(**byte));
+        kept.take(len).last().map_or(start, |(i, _)| start + i + 1)
+    }
+}
+
+/// The parts of `plain` that lie in `range`, led to other places.
+fn plain_within(plain: &[Range<usize>], range: Range<usize>, place: impl Fn(usize) -> usize) -> Vec<Range<usize>> {
+    let overlapping = plain.iter().filter(|plain| plain.start < range.end && range.start < plain.end);
+    overlapping.map(|plain| place(plain.start.max(range.start))..place(plain.end.min(range.end))).collect()
+}

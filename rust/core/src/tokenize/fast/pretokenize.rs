@@ -1,0 +1,316 @@
+//! Pre-tokenising: where the regular expressions of the known tokenizer families cut a text.
+//!
+//! Each family is a hand-written matcher of its expression, alternative by alternative in the order of the expression, because
+//! the first alternative that matches wins (leftmost-first, as in Oniguruma). The expression stands above each matcher. A
+//! family's `next` takes the start of a pretoken and returns its end; it never looks behind, so cutting can begin anywhere that
+//! a pretoken begins.
+//!
+//! Sources: the GPT-2 expression (Radford et al. 2019), cl100k and o200k (tiktoken), and the tokenizer.json files of Qwen,
+//! Llama-3, GLM, MiniMax and DeepSeek.
+
+use super::classes::{
+    CJK, ClassTable, Flags, LETTER, LOWER, MARK, NUMBER, PUNCTUATION, SPACE, STOP, SYMBOL, UNCASED, UPPER,
+};
+use super::stages::{Stage, StageCuts};
+
+/// One family's way to cut, its options included.
+pub enum Rules {
+    /// Qwen, Llama-3, GLM and whoever follows cl100k.
+    Cl100k { letters: Flags, max_digits: usize },
+    /// GPT-2; SmolLM2 splits off each digit first.
+    Gpt2 { digits_apart: bool },
+    /// MiniMax and whoever follows o200k.
+    O200k,
+    /// DeepSeek-V3, R1 and V4.
+    DeepSeek3,
+    /// DeepSeek LLM, Coder and V2: several simple expressions one after the other.
+    Stages(Vec<Stage>),
+}
+
+/// Cuts text into pretokens.
+pub struct PreTokenizer {
+    pub rules: Rules,
+    pub table: ClassTable,
+}
+
+/// Where a text is being cut: empty except for the staged families, which remember the pieces of their outer stages.
+pub type Cursor = StageCuts;
+
+impl PreTokenizer {
+    /// The end of the pretoken that starts at `start < text.len()`.
+    pub fn next(&self, text: &[u8], start: usize, cursor: &mut Cursor) -> usize {
+        let scan = Scan { text, table: &self.table, stop: 0, stop_unless: 0 };
+        match &self.rules {
+            Rules::Cl100k { letters, max_digits } => scan.cl100k(start, *letters, *max_digits),
+            Rules::Gpt2 { digits_apart } => scan.gpt2(start, *digits_apart),
+            Rules::O200k => scan.o200k(start),
+            Rules::DeepSeek3 => scan.deepseek3(start),
+            Rules::Stages(stages) => cursor.next(stages, text, start),
+        }
+    }
+}
+
+/// A text with its classes.
+///
+/// Some tokenizers split off digits or CJK before the main expression sees the rest. To the main expression a text then ends
+/// where such a character stands: it is STOP, as the end of the text is.
+#[derive(Clone, Copy)]
+struct Scan<'a> {
+    text: &'a [u8],
+    table: &'a ClassTable,
+    /// A character of these classes is a STOP,
+    stop: Flags,
+    /// and so is one that lacks one of these.
+    stop_unless: Flags,
+}
+
+impl Scan<'_> {
+    fn at(&self, i: usize) -> (Flags, usize) {
+        let (flags, width) = self.table.at(self.text, i);
+        if flags & self.stop != 0 || !flags & self.stop_unless != 0 { (STOP, width) } else { (flags, width) }
+    }
+
+    fn is_newline(&self, i: usize) -> bool {
+        matches!(self.text.get(i), Some(b'\r' | b'\n'))
+    }
+
+    /// `[set]*` from `i`: the end of the run.
+    fn run(&self, mut i: usize, set: Flags) -> usize {
+        loop {
+            let (flags, width) = self.at(i);
+            if flags & set == 0 {
+                return i;
+            }
+            i += width;
+        }
+    }
+
+    /// `[^set]*` from `i`: the end of the run.
+    fn run_outside(&self, mut i: usize, set: Flags) -> usize {
+        loop {
+            let (flags, width) = self.at(i);
+            if flags & (set | STOP) != 0 {
+                return i;
+            }
+            i += width;
+        }
+    }
+
+    /// `[\r\n]*` from `i`.
+    fn newlines(&self, mut i: usize) -> usize {
+        while self.is_newline(i) {
+            i += 1;
+        }
+        i
+    }
+
+    /// `\p{N}{1,max}` from `i`.
+    fn digits(&self, mut i: usize, max: usize) -> usize {
+        for _ in 0..max {
+            let (flags, width) = self.at(i);
+            if flags & NUMBER == 0 {
+                break;
+            }
+            i += width;
+        }
+        i
+    }
+
+    /// `'s|'t|'re|'ve|'m|'ll|'d` at `i`: its end.
+    fn contraction(&self, i: usize) -> Option<usize> {
+        match *self.text.get(i..)? {
+            [b'\'', b's' | b't' | b'm' | b'd', ..] => Some(i + 2),
+            [b'\'', b'r' | b'v', b'e', ..] | [b'\'', b'l', b'l', ..] => Some(i + 3),
+            _ => None,
+        }
+    }
+
+    /// `(?i:'s|'t|'re|'ve|'m|'ll|'d)` at `i`: its end. Ignoring case, `s` is also U+017F (long s).
+    fn contraction_ignoring_case(&self, i: usize) -> Option<usize> {
+        let rest = self.text.get(i..)?.strip_prefix(b"'")?;
+        let low = |k: usize| rest.get(k).map(u8::to_ascii_lowercase);
+        match (low(0)?, low(1)) {
+            (b's' | b't' | b'm' | b'd', _) => Some(i + 2),
+            (b'r' | b'v', Some(b'e')) | (b'l', Some(b'l')) => Some(i + 3),
+            _ => rest.starts_with("ſ".as_bytes()).then_some(i + 3),
+        }
+    }
+
+    /// `\s*[\r\n]+|\s+(?!\S)|\s+` at whitespace.
+    fn whitespace(&self, start: usize) -> usize {
+        let (mut i, mut last, mut newline_end) = (start, start, None);
+        loop {
+            let (flags, width) = self.at(i);
+            if flags & SPACE == 0 {
+                break;
+            }
+            last = i;
+            i += width;
+            if self.is_newline(last) {
+                newline_end = Some(i);
+            }
+        }
+        newline_end.unwrap_or_else(|| self.before_last(start, last, i))
+    }
+
+    /// `\s+(?!\S)|\s+` for the run of whitespace `start..end` whose last character begins at `last`: it stays behind, if it is
+    /// not the only one and something follows, to lead the next pretoken.
+    fn before_last(&self, start: usize, last: usize, end: usize) -> usize {
+        let at_end = self.at(end).0 & STOP != 0;
+        if at_end || last == start { end } else { last }
+    }
+
+    /// `(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
+    ///
+    /// Qwen2 has `\p{N}` (one digit); Qwen3.5 also has `[\p{L}\p{M}]` for `\p{L}` (but in the lead).
+    fn cl100k(&self, start: usize, letters: Flags, max_digits: usize) -> usize {
+        if let Some(end) = self.contraction_ignoring_case(start) {
+            return end;
+        }
+        let (first, width) = self.at(start);
+        let second = start + width;
+        let (next, _) = self.at(second);
+        if first & letters != 0 || (first & NUMBER == 0 && !self.is_newline(start) && next & letters != 0) {
+            return self.run(second, letters);
+        }
+        if first & NUMBER != 0 {
+            return self.digits(start, max_digits);
+        }
+        self.punctuation(start, first, next, SPACE | NUMBER | letters).unwrap_or_else(|| self.whitespace(start))
+    }
+
+    /// ` ?[^set]+[\r\n]*`
+    fn punctuation(&self, start: usize, first: Flags, next: Flags, set: Flags) -> Option<usize> {
+        let led = self.text[start] == b' ' && next & (set | STOP) == 0;
+        (led || first & set == 0).then(|| self.newlines(self.run_outside(start + led as usize, set)))
+    }
+
+    /// `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`
+    fn gpt2(mut self, start: usize, digits_apart: bool) -> usize {
+        if let Some(end) = self.contraction(start) {
+            return end;
+        }
+        let (mut first, width) = self.at(start);
+        if digits_apart && first & NUMBER != 0 {
+            return start + width;
+        }
+        self.stop = if digits_apart { NUMBER } else { 0 };
+        let mut body = start;
+        if self.text[start] == b' ' {
+            let (next, _) = self.at(start + 1);
+            if next & (SPACE | STOP) == 0 {
+                (first, body) = (next, start + 1);
+            }
+        }
+        if first & SPACE != 0 {
+            let end = self.run(start, SPACE);
+            let last =
+                (start..end).rev().find(|i| self.text[*i] & 0xc0 != 0x80).expect("a run of whitespace is not empty");
+            return self.before_last(start, last, end);
+        }
+        match first {
+            f if f & LETTER != 0 => self.run(body, LETTER),
+            f if f & NUMBER != 0 => self.run(body, NUMBER),
+            _ => self.run_outside(body, SPACE | LETTER | NUMBER),
+        }
+    }
+
+    /// ```text
+    /// [^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?
+    /// |[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?
+    /// |\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+
+    /// ```
+    fn o200k(&self, start: usize) -> usize {
+        let (first, width) = self.at(start);
+        let can_lead = first & (LETTER | NUMBER) == 0 && !self.is_newline(start);
+        let leads = [can_lead.then_some(start + width), Some(start)];
+        let upper = UPPER | UNCASED | MARK;
+        let lower = LOWER | UNCASED | MARK;
+        for word in leads.into_iter().flatten() {
+            let uppers = self.run(word, upper);
+            let mut end = self.run(uppers, lower);
+            if end == uppers {
+                // No lower-case run after the upper-case one: it gives back characters until one of them can stand for it.
+                end = word;
+                let mut i = word;
+                while i < uppers {
+                    let (flags, width) = self.at(i);
+                    i += width;
+                    if flags & lower != 0 {
+                        end = i;
+                    }
+                }
+            }
+            if end > word {
+                return self.contraction_ignoring_case(end).unwrap_or(end);
+            }
+        }
+        for word in leads.into_iter().flatten() {
+            let end = self.run(word, upper);
+            if end > word {
+                return self.contraction_ignoring_case(end).unwrap_or(end);
+            }
+        }
+        if first & NUMBER != 0 {
+            return self.digits(start, 3);
+        }
+        let (next, _) = self.at(start + width);
+        let Some(mut end) = self.punctuation(start, first, next, SPACE | LETTER | NUMBER) else {
+            return self.whitespace(start);
+        };
+        while matches!(self.text.get(end), Some(b'\r' | b'\n' | b'/')) {
+            end += 1;
+        }
+        end
+    }
+
+    /// First `\p{N}{1,3}` and `[一-龥぀-ゟ゠-ヿ]+` are split off, then these and what lies between are cut by
+    ///
+    /// ```text
+    /// [!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*
+    /// |\s*[\r\n]+|\s+(?!\S)|\s+
+    /// ```
+    ///
+    /// Characters that no alternative takes (controls, unassigned) make pretokens of their own, up to the next match.
+    fn deepseek3(mut self, start: usize) -> usize {
+        let (first, _) = self.at(start);
+        if first & NUMBER != 0 {
+            return self.digits(start, 3);
+        }
+        (self.stop, self.stop_unless) = if first & CJK != 0 { (0, CJK) } else { (NUMBER | CJK, 0) };
+        if let Some(end) = self.deepseek3_match(start) {
+            return end;
+        }
+        let mut i = start;
+        loop {
+            i += self.at(i).1;
+            if self.at(i).0 & STOP != 0 || self.deepseek3_match(i).is_some() {
+                return i;
+            }
+        }
+    }
+
+    fn deepseek3_match(&self, start: usize) -> Option<usize> {
+        let byte = self.text[start];
+        let letter_at = |i: usize| self.text.get(i).is_some_and(u8::is_ascii_alphabetic);
+        if byte.is_ascii_punctuation() && letter_at(start + 1) {
+            let len = self.text[start + 1..].iter().take_while(|b| b.is_ascii_alphabetic()).count();
+            return Some(start + 1 + len);
+        }
+        let (first, width) = self.at(start);
+        let (next, _) = self.at(start + width);
+        let word = LETTER | MARK;
+        if first & word != 0 {
+            return Some(self.run(start, word));
+        }
+        if first & (PUNCTUATION | SYMBOL) == 0 && !self.is_newline(start) && next & word != 0 {
+            return Some(self.run(start + width, word));
+        }
+        let signs = PUNCTUATION | SYMBOL;
+        let led = byte == b' ' && next & signs != 0;
+        if led || first & signs != 0 {
+            return Some(self.newlines(self.run(start + led as usize, signs)));
+        }
+        (first & SPACE != 0).then(|| self.whitespace(start))
+    }
+}
