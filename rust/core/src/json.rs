@@ -25,7 +25,7 @@ pub enum Data<'a> {
     /// `true` or `false`
     Bool(bool),
     /// A number as it is written, so that nothing is lost before somebody needs it.
-    Number(&'a str),
+    Number(Cow<'a, str>),
     /// A string; borrowed where it has no escapes.
     String(Cow<'a, str>),
     /// An array.
@@ -58,6 +58,28 @@ impl<'a> Value<'a> {
     /// A string value that was made, not parsed.
     pub fn string(text: impl Into<Cow<'a, str>>) -> Self {
         Self { offset: 0, data: Data::String(text.into()) }
+    }
+
+    /// The same value, borrowing from nothing.
+    pub fn into_owned(self) -> Value<'static> {
+        let data = match self.data {
+            Data::Null => Data::Null,
+            Data::Bool(flag) => Data::Bool(flag),
+            Data::Number(text) => Data::Number(text.into_owned().into()),
+            Data::String(text) => Data::String(text.into_owned().into()),
+            Data::Array(values) => Data::Array(values.into_iter().map(Value::into_owned).collect()),
+            Data::Object(members) => Data::Object(
+                members
+                    .into_iter()
+                    .map(|Member { key, offset, value }| Member {
+                        key: key.into_owned().into(),
+                        offset,
+                        value: value.into_owned(),
+                    })
+                    .collect(),
+            ),
+        };
+        Value { offset: self.offset, data }
     }
 
     /// The text, if the value is a string.
@@ -131,7 +153,7 @@ impl<'a> Parser<'a> {
             Some(b'"') => Data::String(self.string()?),
             Some(b'{') => Data::Object(self.object(depth)?),
             Some(b'[') => Data::Array(self.array(depth)?),
-            Some(b'-' | b'0'..=b'9') => Data::Number(self.number()?),
+            Some(b'-' | b'0'..=b'9') => Data::Number(self.number()?.into()),
             Some(b't') => self.literal("true", Data::Bool(true))?,
             Some(b'f') => self.literal("false", Data::Bool(false))?,
             Some(b'n') => self.literal("null", Data::Null)?,

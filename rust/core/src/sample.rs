@@ -102,17 +102,17 @@ mod tests {
         // Truncating keeps the first tokens and exactly their labels; rejecting changes nothing.
         #[test]
         fn fitting_keeps_a_prefix(num_tokens in 1usize..40, sequence_length in 1u32..40, start in 0u32..20, length in 1u32..20) {
-            let runs = vec![start..start + length];
-            let mut cut = runs.clone();
+            let run = start..start + length;
+            let mut cut = vec![run.clone()];
             match fit(num_tokens, &mut cut, sequence_length, TooLong::Truncate) {
                 Ok(kept) => {
                     prop_assert_eq!(num_tokens.min(sequence_length as usize), kept);
                     let is_long = num_tokens > sequence_length as usize;
-                    prop_assert_eq!(if is_long { sequence_length.min(runs[0].end) } else { runs[0].end }, cut[0].end);
+                    prop_assert_eq!(if is_long { sequence_length.min(run.end) } else { run.end }, cut[0].end);
                 }
                 Err(error) => prop_assert_eq!(ErrorKind::NoLabelTokens, error.kind()),
             }
-            let rejected = fit(num_tokens, &mut runs.clone(), sequence_length, TooLong::Reject);
+            let rejected = fit(num_tokens, &mut vec![run], sequence_length, TooLong::Reject);
             prop_assert_eq!(num_tokens > sequence_length as usize, matches!(rejected, Err(error) if error.kind() == ErrorKind::TooLong));
         }
     }

@@ -1,9 +1,11 @@
 //! Record → conversation: which fields hold what, and the checks that need no template and no tokenizer.
 
+mod sharegpt;
+
 use std::borrow::Cow;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::json::{Data, Member, Value};
+use crate::json::{self, Data, Member, Value};
 
 /// Who speaks. The names are those of OpenAI's chat format, which chat templates expect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,10 +91,11 @@ impl Default for FieldMapping {
 }
 
 impl<'a> Conversation<'a> {
-    /// Reads a record: `messages` (OpenAI's shape, `tools` beside it) where it has that key, the mapped fields otherwise.
+    /// Reads a record. Its keys say which shape it has, record by record: `messages` (OpenAI's, `tools` beside it),
+    /// `conversations` (ShareGPT's `from` and `value`, see [`sharegpt`]), or the mapped fields.
     ///
-    /// The user's text is the prompt, or the prompt, a newline and the query where the query is not empty. A system field
-    /// that is missing, null or empty makes no system message, so that the template's own default applies.
+    /// For fields, the user's text is the prompt, or the prompt, a newline and the query where the query is not empty. A
+    /// system field that is missing, null or empty makes no system message, so that the template's own default applies.
     ///
     /// # Errors
     /// Every error is of class [`Input`](crate::error::ErrorClass::Input) and carries the byte offset in the record.
@@ -103,10 +106,22 @@ impl<'a> Conversation<'a> {
                 .at_offset(record.offset));
         };
         refuse_repeated_keys(&members, "")?;
-        match take(&mut members, "messages") {
-            Some(messages) => Self::from_messages(messages, take(&mut members, "tools")),
-            None => Self::from_fields(members, record.offset, mapping),
-        }
+        let mut conversation = if let Some(messages) = take(&mut members, "messages") {
+            Self::from_messages(messages)?
+        } else if let Some(messages) = take(&mut members, "conversations") {
+            let system = match &mapping.system_key {
+                Some(key) => optional_text(&mut members, key)?,
+                None => None,
+            };
+            sharegpt::read(messages, system)?
+        } else {
+            return Self::from_fields(members, record.offset, mapping);
+        };
+        conversation.tools = match take(&mut members, "tools") {
+            None => None,
+            Some(tools) => read_tools(tools)?,
+        };
+        Ok(conversation)
     }
 
     fn from_fields(mut members: Vec<Member<'a>>, offset: usize, mapping: &FieldMapping) -> Result<Self> {
@@ -141,28 +156,42 @@ impl<'a> Conversation<'a> {
         Ok(Self { messages, tools: None })
     }
 
-    fn from_messages(messages: Value<'a>, tools: Option<Value<'a>>) -> Result<Self> {
+    fn from_messages(messages: Value<'a>) -> Result<Self> {
         let offset = messages.offset;
         let type_name = messages.type_name();
         let Data::Array(values) = messages.data else {
             return Err(wrong_type("an array of messages", type_name, offset, "messages"));
         };
-        let mut conversation = Self { messages: Vec::with_capacity(values.len()), tools: None };
-        for (index, value) in values.into_iter().enumerate() {
-            conversation.messages.push(Message::from_value(value, index)?);
-        }
-        if !conversation.messages.iter().any(|message| message.role == Role::Assistant) {
-            return Err(Error::new(ErrorKind::NoAnswer, "expected at least one assistant message, found none")
-                .at_offset(offset)
-                .at_location("messages"));
-        }
-        match tools {
-            None | Some(Value { data: Data::Null, .. }) => {}
-            Some(Value { data: Data::Array(ref schemas), .. }) if schemas.is_empty() => {}
-            Some(tools @ Value { data: Data::Array(_), .. }) => conversation.tools = Some(tools),
-            Some(tools) => return Err(wrong_type("an array of tools", tools.type_name(), tools.offset, "tools")),
-        }
-        Ok(conversation)
+        let read = |(index, value)| Message::from_value(value, index);
+        let messages = values.into_iter().enumerate().map(read).collect::<Result<Vec<_>>>()?;
+        require_answer(&messages, offset, "messages")?;
+        Ok(Self { messages, tools: None })
+    }
+}
+
+fn require_answer(messages: &[Message<'_>], offset: usize, place: &str) -> Result<()> {
+    if messages.iter().any(|message| message.role == Role::Assistant) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::NoAnswer, "expected at least one assistant message, found none")
+        .at_offset(offset)
+        .at_location(place))
+}
+
+/// `tools`: an array of schemas, or a text that holds one as JSON; null, an empty text and an empty array mean none.
+fn read_tools(tools: Value<'_>) -> Result<Option<Value<'_>>> {
+    let (type_name, offset) = (tools.type_name(), tools.offset);
+    let refuse = |found: &str| Err(wrong_type("an array of tools", found, offset, "tools"));
+    match tools.data {
+        Data::Null => Ok(None),
+        Data::Array(ref schemas) => Ok((!schemas.is_empty()).then_some(tools)),
+        Data::String(text) if text.trim().is_empty() => Ok(None),
+        Data::String(text) => match json::parse(&text) {
+            Ok(parsed @ Value { data: Data::Array(_), .. }) => read_tools(parsed.into_owned()),
+            Ok(parsed) => refuse(&format!("a text that holds {}", parsed.type_name())),
+            Err(error) => refuse(&format!("a text that is not JSON: {}", error.message)),
+        },
+        _ => refuse(type_name),
     }
 }
 
@@ -259,7 +288,9 @@ fn required_text<'a>(
             let found: Vec<_> = members.iter().map(|member| &*member.key).collect();
             Err(Error::new(ErrorKind::MissingKey, format!("expected the key '{key}', found {}", quoted(&found)))
                 .at_offset(record_offset)
-                .with_hint(format!("set {option} to the field that holds it, or give the record a 'messages' array")))
+                .with_hint(format!(
+                    "set {option} to the field that holds it, or give the record a 'messages' or 'conversations' array"
+                )))
         }
     }
 }
