@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sft_fast.errors import ConfigError, TokenizerError, TrainError
 from sft_fast.train import attention
@@ -145,6 +146,7 @@ def load_model(path: str, model_args: Any, *, seed: int = 0) -> nn.Module:
     """
     config = load_config(path, model_args.model_config_kwargs)
     attention.register(model_args.attn_implementation)
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # the driver reads this module too, and has no need of torch
+    import torch
 
-from sft_fast.train.batch import MicroBatch
-from sft_fast.train.model import SFTModel
+    from sft_fast.train.batch import MicroBatch
+    from sft_fast.train.model import SFTModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class TrainStrategy(abc.ABC):
     @abc.abstractmethod
     def data_parallel_size(self) -> int:
         """Number of ranks, or groups of them, that read different data."""
+
+    @property
+    @abc.abstractmethod
+    def model(self) -> SFTModel:
+        """This rank's part of the model."""
 
     @abc.abstractmethod
     def initialize(self, load_model: Callable[[], SFTModel]) -> None:

@@ -1,0 +1,128 @@
+"""A trained model as an ordinary model directory: safetensors, configuration, tokenizer.
+
+The weights come from a running model (`write_model`) or from a checkpoint (`export_checkpoint`). Adapters are merged
+into the model they were trained on, so that what comes out needs nothing of ours. A directory is complete or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from sft_fast.config import ModelArguments
+from sft_fast.errors import FileError, TrainError
+from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, read_checkpoint
+from sft_fast.train.model import DTYPES, load_config, load_model
+
+# What belongs to a model besides its weights and its config.json; copied as it is.
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "LICENSE*",
+)
+
+
+def save_model_files(config: PretrainedConfig, pretrain: str, directory: Path) -> None:
+    """Writes what a model directory has besides weights: the configuration, and copies of tokenizer files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for pattern in _COMPANIONS:
+        for path in Path(pretrain).glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
+    config.save_pretrained(directory)
+
+
+def write_model(
+    weights: Mapping[str, torch.Tensor],
+    arguments: ModelArguments,
+    config: PretrainedConfig,
+    pretrain: str,
+    model_files: str,
+    output_dir: str,
+) -> None:
+    """Writes a model directory. What `output_dir` held before is replaced when the new one is complete.
+
+    Args:
+        weights: by the names of the transformers model, or of PEFT's wrapper of it where `arguments` ask for adapters.
+        config: the model's configuration.
+        pretrain: directory of the model that adapters are merged into.
+        model_files: directory whose tokenizer files are copied.
+
+    Raises:
+        FileError: `output_dir` is a file, or holds something that is no model.
+    """
+    target = Path(output_dir)
+    if target.exists() and not target.is_dir():
+        raise FileError("expected a directory, found a file", path=output_dir)
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+        raise FileError(
+            "the directory holds something that is no model", path=output_dir, hint="name a new or empty directory"
+        )
+    dtype = DTYPES[arguments.dtype]
+    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    if arguments.lora_target:
+        model = _merged(weights, arguments, pretrain)
+        weights = model.state_dict()
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    model.config.dtype = dtype
+
+    staging = target.with_name(f"{target.name}.staging-{uuid.uuid4().hex[:8]}")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers draws a progress bar of its own
+            model.save_pretrained(staging, state_dict=dict(weights))
+        save_model_files(model.config, model_files, staging)
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def export_checkpoint(checkpoint: str, output_dir: str) -> None:
+    """Writes the model of a checkpoint as an ordinary model directory.
+
+    Args:
+        checkpoint: a directory `checkpoint-<step>` (or the cluster's directory in it).
+
+    Raises:
+        ConfigError: it is no complete checkpoint.
+        FileError: `output_dir` holds something that is no model.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found = read_checkpoint(checkpoint)
+    arguments = ModelArguments(**found.state.model_args)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints each file that it reads
+        weights = get_fp32_state_dict_from_zero_checkpoint(
+            str(found.path), tag=CLUSTER_NAME, exclude_frozen_parameters=bool(arguments.lora_target)
+        )
+    files = str(found.path / MODEL_DIRECTORY)
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    write_model(weights, arguments, load_config(files), found.state.pretrain, files, output_dir)
+
+
+def _merged(weights: Mapping[str, torch.Tensor], arguments: ModelArguments, pretrain: str) -> Any:
+    """The model of `pretrain` with the adapters among `weights` added in."""
+    model: Any = load_model(pretrain, arguments)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained <= set(weights):
+        raise TrainError(f"the checkpoint lacks adapters, such as {min(trained - set(weights))}", code="checkpoint")
+    model.load_state_dict(dict(weights), strict=False)
+    return model.merge_and_unload()

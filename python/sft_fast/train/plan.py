@@ -1,0 +1,101 @@
+"""What a run will do, in numbers, before anything starts: the step streams of its data sets and the batch arithmetic.
+
+The driver and every worker make the same streams from the same configuration, so only step numbers travel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sft_fast.console import count
+from sft_fast.data import Dataset, StepStream
+
+if TYPE_CHECKING:
+    from sft_fast.config import SFTConfig
+
+
+def train_stream(config: SFTConfig, dataset: Dataset) -> StepStream:
+    """The steps of the run."""
+    arguments = config.sft_train.training_args
+    assert arguments.data_seed is not None, "filled when the configuration was made"
+    return StepStream(
+        dataset,
+        sequence_length=config.sequence_length,
+        packed=config.sft_train.use_sequence_packing,
+        seed=arguments.data_seed,
+        num_rows_per_step=config.num_rows_per_step,
+        num_epochs=arguments.num_train_epochs,
+        max_steps=arguments.max_steps,
+    )
+
+
+def validation_stream(config: SFTConfig, dataset: Dataset) -> StepStream:
+    """One pass over the validation data, as steps of one micro-batch a rank. The same each time."""
+    return StepStream(
+        dataset,
+        sequence_length=config.sequence_length,
+        packed=config.sft_train.use_sequence_packing,
+        seed=0,
+        num_rows_per_step=config.sft_train.infer_batch_size * config.data_parallel_size,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchArithmetic:
+    """How samples become steps."""
+
+    world_size: int
+    data_parallel_size: int
+    rows_per_micro_batch: int
+    num_micro_batches: int
+    sequence_length: int
+    is_packed: bool
+    num_samples: int
+    num_rows: int  # of the first epoch
+    fill_ratio: float
+    imbalance: float  # by the cost model: how much longer than the mean rank the slowest takes
+    num_steps_per_epoch: int
+    num_steps: int
+
+    @classmethod
+    def of(cls, config: SFTConfig, stream: StepStream) -> BatchArithmetic:
+        """The arithmetic of a run over `stream`."""
+        packing = stream.packing(0)
+        arguments = config.sft_train.training_args
+        return cls(
+            world_size=config.sft_train.world_size,
+            data_parallel_size=config.data_parallel_size,
+            rows_per_micro_batch=arguments.per_device_train_batch_size,
+            num_micro_batches=arguments.gradient_accumulation_steps,
+            sequence_length=config.sequence_length,
+            is_packed=config.sft_train.use_sequence_packing,
+            num_samples=len(stream.dataset),
+            num_rows=len(packing),
+            fill_ratio=packing.fill_ratio,
+            imbalance=stream.imbalance(config.data_parallel_size)[1],
+            num_steps_per_epoch=stream.num_steps_per_epoch,
+            num_steps=stream.num_steps,
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values, for a table."""
+        row = "pack" if self.is_packed else "sample"
+        num_rows_per_step = self.rows_per_micro_batch * self.num_micro_batches * self.data_parallel_size
+        ranks = count(self.world_size)
+        if self.data_parallel_size != self.world_size:
+            ranks += f", {count(self.data_parallel_size)} groups that read different data"
+        rows = [
+            ("ranks", ranks),
+            ("samples", f"{count(self.num_samples)} in {count(self.num_rows)} {row}s, {self.fill_ratio:.1%} full"),
+            (
+                "global batch",
+                f"{count(self.rows_per_micro_batch)} {row}s a micro-batch x {count(self.num_micro_batches)} "
+                f"micro-batches x {count(self.data_parallel_size)} ranks = {count(num_rows_per_step)} {row}s, "
+                f"at most {count(num_rows_per_step * self.sequence_length)} tokens",
+            ),
+            ("steps", f"{count(self.num_steps)}, {count(self.num_steps_per_epoch)} an epoch"),
+        ]
+        if self.data_parallel_size > 1:
+            rows.append(("balance", f"the slowest rank takes {self.imbalance:.1%} longer than the mean"))
+        return rows

@@ -1,0 +1,224 @@
+"""One rank of a run: reads its own share of each step, trains, validates, saves.
+
+A plain class. `cluster.py` makes a Ray actor of it; a test, or a machine without Ray, calls it as it is. All ranks are
+called with the same method in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sft_fast.data import Dataset, StepPlan, StepStream
+from sft_fast.errors import ConfigError
+from sft_fast.train.batch import MicroBatch, Prefetcher, make_micro_batch
+from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY
+from sft_fast.train.export import save_model_files, write_model
+from sft_fast.train.model import SFTModel, check_model, load_model
+from sft_fast.train.optim import learning_rate_schedule
+from sft_fast.train.plan import train_stream, validation_stream
+from sft_fast.train.strategy import RankInfo, TrainStrategy, create_strategy
+
+if TYPE_CHECKING:
+    from sft_fast.config import SFTConfig
+
+# Micro-batches that wait, ready, for the device. A few hundred kilobytes each.
+_PREFETCH_DEPTH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStepReport:
+    """What a rank tells the driver of a training step. Only `loss` and the times differ between ranks."""
+
+    step: int  # steps done with this one
+    epoch: float  # epochs done with this step
+    loss: float  # this rank's share: the sum over data-parallel ranks is the loss
+    learning_rate: float
+    grad_norm: float  # before clipping
+    num_tokens: int  # of the global batch
+    num_label_tokens: int  # of the global batch
+    step_seconds: float
+    data_wait_seconds: float  # part of it in which the next micro-batch was not ready
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValStepReport:
+    """What a rank tells the driver of a validation."""
+
+    loss_sum: float  # over the label tokens of this rank
+    num_label_tokens: int  # of this rank
+    seconds: float
+
+
+class SFTWorker:
+    """See the module. `initialize` comes first."""
+
+    _strategy: TrainStrategy
+    _stream: StepStream
+
+    def __init__(self) -> None:
+        self._prefetcher: Prefetcher | None = None
+        self._next_step = -1
+        self._val_stream: StepStream | None = None
+
+    def initialize(
+        self,
+        config: SFTConfig,
+        rank: RankInfo,
+        train_path: str,
+        val_path: str | None = None,
+        checkpoint: str | None = None,
+    ) -> None:
+        """Opens the data sets, loads the model, and goes back to a checkpoint where there is one.
+
+        Args:
+            train_path: directory of the training data set; `val_path` of the validation data set, if there is one.
+            checkpoint: directory of a complete checkpoint.
+
+        Raises:
+            ConfigError: the model, the strategy or their settings cannot be used.
+            DatasetError: a data set cannot be read.
+        """
+        self.close()
+        self._config, self._rank = config, rank
+        self._stream = train_stream(config, Dataset(train_path))
+        self._val_stream = None if val_path is None else validation_stream(config, Dataset(val_path))
+        arguments = config.sft_train.training_args
+        self._learning_rate = learning_rate_schedule(arguments, self._stream.num_steps)
+        self._strategy = create_strategy(config, rank)
+        self._strategy.initialize(self._load_model)
+        check_model(self._strategy.model, self._strategy.device)
+        if checkpoint is not None:
+            self._strategy.load(checkpoint, CLUSTER_NAME)
+
+    def _load_model(self) -> SFTModel:
+        config = self._config
+        model = SFTModel(load_model(config.pretrain, config.sft_train.model_args, seed=config.seed))
+        vocab_size = int(model.hf_model.get_input_embeddings().num_embeddings)
+        if self._stream.dataset.vocab_size > vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {self._stream.dataset.vocab_size} ids, but the model has embeddings for "
+                f"{vocab_size}",
+                path=config.pretrain,
+                code="vocabulary",
+                hint="the tokenizer belongs to another model",
+            )
+        return model
+
+    def train_step(self, step: int) -> TrainStepReport:
+        """Trains global step `step`, counted from 0, and makes ready for the next."""
+        start = time.perf_counter()
+        # Random numbers (dropout) depend on the seed, the step and the rank alone: nothing to save, nothing to restore.
+        torch.manual_seed(_seed_of(self._config.seed, step, self._rank.rank))
+        batches = _StepBatches(self._batches_from(step))
+        plan = batches.plan
+        learning_rate = self._learning_rate(step + 1)
+        result = self._strategy.train_step(batches, len(plan.micro_batches), plan.num_label_tokens, learning_rate)
+        self._next_step = step + 1
+        return TrainStepReport(
+            step=step + 1,
+            epoch=self._stream.epoch_of(step + 1),
+            loss=result.loss,
+            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            num_tokens=plan.num_tokens,
+            num_label_tokens=plan.num_label_tokens,
+            step_seconds=time.perf_counter() - start,
+            data_wait_seconds=batches.wait_seconds,
+        )
+
+    def val_step(self) -> ValStepReport:
+        """Runs the whole validation data set once."""
+        assert self._val_stream is not None, "there is validation data"
+        start = time.perf_counter()
+        rows = self._config.sft_train.infer_batch_size
+        batches = Prefetcher(self._read(self._val_stream, 0, rows), _PREFETCH_DEPTH)
+        loss_sum, num_label_tokens = 0.0, 0
+        try:
+            for _, batch in batches:
+                loss_sum += self._strategy.val_step(batch)
+                num_label_tokens += batch.num_label_tokens
+        finally:
+            batches.close()
+        return ValStepReport(
+            loss_sum=loss_sum, num_label_tokens=num_label_tokens, seconds=time.perf_counter() - start
+        )
+
+    def do_checkpoint(self, directory: str) -> float:
+        """Writes this rank's part of a checkpoint into a staging directory (see `checkpoint.py`).
+
+        Returns:
+            The seconds it took.
+        """
+        start = time.perf_counter()
+        self._strategy.save(directory, CLUSTER_NAME)
+        if self._rank.rank == 0:
+            config = self._strategy.model.hf_model.config
+            save_model_files(config, self._config.pretrain, Path(directory, MODEL_DIRECTORY))
+        return time.perf_counter() - start
+
+    def export(self, output_dir: str) -> None:
+        """Writes the model as it is now, as an ordinary model directory; see `export.py`."""
+        weights = self._strategy.gather_weights()
+        if weights is not None:
+            pretrain, arguments = self._config.pretrain, self._config.sft_train.model_args
+            write_model(weights, arguments, self._strategy.model.hf_model.config, pretrain, pretrain, output_dir)
+
+    def close(self) -> None:
+        """Stops the prefetching and leaves the other ranks."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+        if hasattr(self, "_strategy"):
+            self._strategy.close()
+            del self._strategy
+
+    def _batches_from(self, step: int) -> Prefetcher:
+        """The micro-batches from `step` on: those that are being prepared already, unless another step is asked for."""
+        if self._prefetcher is None or self._next_step != step:
+            if self._prefetcher is not None:
+                self._prefetcher.close()
+            rows = self._config.sft_train.training_args.per_device_train_batch_size
+            self._prefetcher = Prefetcher(self._read(self._stream, step, rows), _PREFETCH_DEPTH)
+        return self._prefetcher
+
+    def _read(self, stream: StepStream, step: int, rows_per_micro_batch: int) -> Iterator[tuple[StepPlan, MicroBatch]]:
+        """This rank's micro-batches from `step` to the end of `stream`, each with the plan of its step."""
+        rank, size = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
+        pin = self._strategy.device.type == "cuda"
+        for number in range(step, stream.num_steps):
+            plan = stream.step(number, rank=rank, world_size=size, rows_per_micro_batch=rows_per_micro_batch)
+            for index in range(len(plan.micro_batches)):
+                batch = make_micro_batch(stream.batch(plan, index))
+                yield plan, batch.pin() if pin else batch
+
+
+class _StepBatches:
+    """The micro-batches of one step, taken from a prefetcher; keeps the time that was spent waiting."""
+
+    def __init__(self, prefetcher: Prefetcher) -> None:
+        self._prefetcher = prefetcher
+        self.wait_seconds = 0.0
+        self.plan, self._first = self._take()
+
+    def _take(self) -> tuple[StepPlan, MicroBatch]:
+        start = time.perf_counter()
+        plan, batch = next(self._prefetcher)
+        self.wait_seconds += time.perf_counter() - start
+        return plan, batch
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        yield self._first
+        for _ in range(1, len(self.plan.micro_batches)):
+            yield self._take()[1]
+
+
+def _seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
