@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use crate::error::Result;
-use crate::sample::label_runs;
 use crate::shard::sha256;
 use crate::template::{self, ChatTemplate, Rendered};
-use crate::tokenize::{self, Encode, Encoding, Tokenizer};
+use crate::tokenize::{self, Encode, Tokenizer};
 
 /// A tokenizer and the chat template that goes with it.
 pub struct Model {
@@ -64,7 +63,7 @@ pub struct Sampler<'a> {
     /// The last text and its label spans.
     pub rendered: Rendered,
     /// The tokens of the last text.
-    pub encoding: Encoding,
+    pub ids: Vec<u32>,
     /// The runs of tokens that are trained on.
     pub runs: Vec<Range<u32>>,
 }
@@ -72,19 +71,12 @@ pub struct Sampler<'a> {
 impl<'a> Sampler<'a> {
     /// Buffers for `model`.
     pub fn new(model: &'a Model) -> Self {
-        Self {
-            encoder: model.tokenizer.encoder(),
-            rendered: Rendered::default(),
-            encoding: Encoding::default(),
-            runs: Vec::new(),
-        }
+        Self { encoder: model.tokenizer.encoder(), rendered: Rendered::default(), ids: Vec::new(), runs: Vec::new() }
     }
 
     /// Renders and encodes `conversation` into the buffers.
     pub fn sample(&mut self, model: &Model, conversation: &crate::conversation::Conversation<'_>) -> Result<()> {
         model.template.render(conversation, &mut self.rendered)?;
-        self.encoder.encode(&self.rendered.text, &mut self.encoding)?;
-        label_runs(&self.encoding, &self.rendered.spans, &mut self.runs);
-        Ok(())
+        self.encoder.encode(&self.rendered.text, &self.rendered.spans, &mut self.ids, &mut self.runs)
     }
 }

@@ -106,10 +106,10 @@ fn encode_record(
     let conversation = Conversation::from_record(value, &options.mapping)?;
     sampler.sample(model, &conversation)?;
 
-    let num_tokens = sampler.encoding.ids.len();
+    let num_tokens = sampler.ids.len();
     let kept = fit(num_tokens, &mut sampler.runs, options.sequence_length, options.too_long)?;
     batch.num_truncated += u64::from(kept < num_tokens);
-    batch.ids.extend_from_slice(&sampler.encoding.ids[..kept]);
+    batch.ids.extend_from_slice(&sampler.ids[..kept]);
     batch.runs.extend_from_slice(&sampler.runs);
     batch.samples.push(BatchSample {
         num_tokens: kept as u32,

@@ -1,34 +1,19 @@
-//! Text → token ids, and which bytes of the text each token covers.
+//! Text → token ids, and which of them lie in the spans that are trained on.
 //!
-//! [`Tokenizer`] is what a model directory gives; an [`Encode`] is one thread's use of it, with the thread's own cache.
+//! [`Tokenizer`] is what a model directory gives; an [`Encode`] is one thread's use of it, with the thread's own cache. There
+//! are two engines: [`fast`], for byte-level BPE that it understands in every part, and [`reference`], the `tokenizers`
+//! crate, for everything else. They give the same tokens.
 
-mod reference;
+pub mod fast;
+pub mod reference;
 
+use std::ops::Range;
 use std::path::Path;
 
-pub use reference::ReferenceTokenizer;
+use fast::{FastTokenizer, Mark, Request, Scratch};
+use reference::ReferenceTokenizer;
 
 use crate::error::{Error, ErrorKind, Result};
-
-/// The tokens of one text. Buffers are reused from text to text.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Encoding {
-    /// Token ids.
-    pub ids: Vec<u32>,
-    /// First byte of the original text that each token covers.
-    pub starts: Vec<u32>,
-    /// End of the bytes of the original text that each token covers.
-    pub ends: Vec<u32>,
-}
-
-impl Encoding {
-    /// Forgets the tokens, keeps the memory.
-    pub fn clear(&mut self) {
-        self.ids.clear();
-        self.starts.clear();
-        self.ends.clear();
-    }
-}
 
 /// A loaded tokenizer, shared by all threads.
 pub trait Tokenizer: Send + Sync {
@@ -40,16 +25,30 @@ pub trait Tokenizer: Send + Sync {
 
     /// The id of a token by its text, added tokens included.
     fn token_to_id(&self, token: &str) -> Option<u32>;
+
+    /// Why this is not the fast engine, where it is not.
+    fn why_not_fast(&self) -> Option<&str>;
 }
 
 /// Encodes texts, one after the other.
 pub trait Encode {
-    /// Replaces `encoding` with the tokens of `text`, without special tokens around it; added tokens inside the text are
+    /// Replaces `ids` with the tokens of `text`, without special tokens around it; added tokens inside the text are
     /// recognised. The ids are those of `tokenizers` 0.23, `encode(text, add_special_tokens=False)`.
+    ///
+    /// Replaces `runs` with the tokens that lie in `spans`, as runs of token numbers, ascending and disjoint. A token does
+    /// if it covers at least one byte of a span, the rule of `return_assistant_tokens_mask` in `transformers`: a token that
+    /// reaches over the border of an answer has to be produced to begin or end that answer. `spans` are ascending and
+    /// disjoint byte ranges of the text.
     ///
     /// # Errors
     /// [`ErrorKind::EncodeFailed`] where the tokenizer can't represent the text.
-    fn encode(&mut self, text: &str, encoding: &mut Encoding) -> Result<()>;
+    fn encode(
+        &mut self,
+        text: &str,
+        spans: &[Range<usize>],
+        ids: &mut Vec<u32>,
+        runs: &mut Vec<Range<u32>>,
+    ) -> Result<()>;
 }
 
 /// Loads `tokenizer.json` of a model directory.
@@ -66,5 +65,63 @@ pub fn load(directory: &Path) -> Result<Box<dyn Tokenizer>> {
                 "give the directory of a model, with the tokenizer that save_pretrained writes (a fast tokenizer)",
             ));
     }
-    Ok(Box::new(ReferenceTokenizer::from_file(&path)?))
+    let json = std::fs::read(&path).map_err(|error| Error::io("read", &path, &error))?;
+    match FastTokenizer::from_json(&json) {
+        Ok(tokenizer) => Ok(Box::new(tokenizer)),
+        Err(reason) => Ok(Box::new(ReferenceTokenizer::from_json(&json, &path, reason.to_string())?)),
+    }
+}
+
+impl Tokenizer for FastTokenizer {
+    fn encoder(&self) -> Box<dyn Encode + '_> {
+        let (places, marks) = (Vec::new(), Vec::new());
+        Box::new(FastEncoder { tokenizer: self, scratch: Scratch::default(), places, marks })
+    }
+
+    fn vocab_size(&self) -> u32 {
+        self.vocab_size()
+    }
+
+    fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.token_to_id(token)
+    }
+
+    fn why_not_fast(&self) -> Option<&str> {
+        None
+    }
+}
+
+struct FastEncoder<'a> {
+    tokenizer: &'a FastTokenizer,
+    scratch: Scratch,
+    places: Vec<usize>,
+    marks: Vec<Mark>,
+}
+
+impl Encode for FastEncoder<'_> {
+    fn encode(
+        &mut self,
+        text: &str,
+        spans: &[Range<usize>],
+        ids: &mut Vec<u32>,
+        runs: &mut Vec<Range<u32>>,
+    ) -> Result<()> {
+        ids.clear();
+        runs.clear();
+        self.places.clear();
+        self.marks.clear();
+        let spans = spans.iter().filter(|span| !span.is_empty());
+        self.places.extend(spans.flat_map(|span| [span.start, span.end]));
+        let request = Request { marks: &self.places, plain: &[] };
+        self.tokenizer.encode_request(text, request, &mut self.scratch, ids, &mut self.marks);
+        for marks in self.marks.chunks_exact(2) {
+            let run = marks[0].token as u32..marks[1].as_end() as u32;
+            match runs.last_mut() {
+                Some(last) if last.end >= run.start => last.end = run.end,
+                _ if run.is_empty() => {}
+                _ => runs.push(run),
+            }
+        }
+        Ok(())
+    }
 }
