@@ -48,13 +48,14 @@ def make_tokenizer_dir(directory: Path, chat_template: str = CHAT_TEMPLATE) -> P
         "pad_token": "<|endoftext|>",
         "model_max_length": 1024,
     }
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
 
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tiny tokenizer and a ChatML template; no weights."""
+    """A model directory with a tiny tokenizer and a ChatML template, but without weights."""
     return make_tokenizer_dir(tmp_path_factory.mktemp("tokenizer"))
 
 

@@ -149,7 +149,7 @@ def test_validate_shows_the_run(run_cli: Run, config_file: Path, tmp_path: Path)
     result = run_cli("validate", "--config-name", "run")
 
     assert result.returncode == 0, result.stderr
-    assert "2 a micro-batch x 3 micro-batches x 2 ranks = 12" in result.stdout
+    assert "2 samples a micro-batch x 3 micro-batches x 2 ranks = 12 samples" in result.stdout
     assert "⟦The capital of France is Paris.<|im_end|>⟧" in result.stdout
     assert "train.jsonl:1" in result.stdout
     assert sorted(tmp_path.iterdir()) == before

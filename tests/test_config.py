@@ -5,6 +5,8 @@ import copy
 import inspect
 import itertools
 import string
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -474,3 +476,18 @@ def test_every_key_is_documented(section: type) -> None:
     }
 
     assert set(field_types(section)) <= documented
+
+
+def test_every_key_is_acted_on() -> None:
+    """Each key of the schema is read somewhere in the package; one that is not is listed as without effect."""
+    sources = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "python" / "sft_fast").rglob("*.py")]
+    read = {node.attr for source in sources for node in ast.walk(source) if isinstance(node, ast.Attribute)}
+
+    assert {key.rpartition(".")[2] for key in all_keys(SFTConfig)} - read == set()
+
+
+def test_page_is_up_to_date() -> None:
+    """docs/configuration.md is what its generator writes from the schema."""
+    generator = ROOT / "docs" / "generate_configuration.py"
+
+    subprocess.run([sys.executable, generator, "--check"], check=True)

@@ -14,10 +14,12 @@ from rich.console import Console
 
 import sft_fast
 from sft_fast.config import SFTConfig
-from sft_fast.console import count, print_note, size, two_columns
+from sft_fast.console import count, size, two_columns
 from sft_fast.data import resolve_files
-from sft_fast.errors import FileError, SftFastError
+from sft_fast.errors import SftFastError
 from sft_fast.inspect.terminal import show_samples
+from sft_fast.train.pipeline import SFTPipeline
+from sft_fast.train.plan import BatchArithmetic, train_stream
 
 # Of a longer file only this much is read, cut at the end of a record.
 MAX_HEAD_BYTES = 4_000_000
@@ -38,33 +40,12 @@ def check_run(config: SFTConfig, console: Console, num_samples: int) -> None:
     Raises:
         SftFastError: the first thing that is wrong.
     """
-    _check_strategy(config)
-    if not os.path.isdir(config.pretrain):
-        raise FileError(
-            "no such model directory",
-            code="missing_model",
-            path=config.pretrain,
-            location="pretrain",
-            hint="pretrain is a directory with config.json, weights and tokenizer.json; nothing is downloaded",
-        )
+    SFTPipeline(config)  # refuses a strategy or a model directory that cannot be trained
     files = {name: resolve_files(names) for name, names in config.data_files().items()}
     console.print(two_columns("run", _run_rows(config, files)))
-    console.print(two_columns("batch", _batch_rows(config)))
     for name, paths in files.items():
         _check_data(config, name, paths, console, num_samples if name == "train" else 0)
     console.print("the configuration is valid")
-
-
-def _check_strategy(config: SFTConfig) -> None:
-    """The backend's own checks; they need its packages, and preprocessing alone does not."""
-    try:
-        from sft_fast.train.strategy import check_strategy_name
-        from sft_fast.train.strategy.deepspeed_config import make_deepspeed_config
-    except ModuleNotFoundError as error:
-        print_note(f"{error.name} is not installed: the training strategy is not checked")
-        return
-    check_strategy_name(config.sft_train.strategy_args.strategy_name)
-    make_deepspeed_config(config)
 
 
 def _run_rows(config: SFTConfig, files: dict[str, list[str]]) -> list[tuple[str, str]]:
@@ -83,22 +64,20 @@ def _run_rows(config: SFTConfig, files: dict[str, list[str]]) -> list[tuple[str,
     ]
 
 
-def _batch_rows(config: SFTConfig) -> list[tuple[str, str]]:
-    """The arithmetic of a step, so that a slip shows before it costs a day."""
+def _batch_rows(config: SFTConfig, dataset: sft_fast.Dataset | None) -> list[tuple[str, str]]:
+    """The arithmetic of a step, so that a slip shows before it costs a day; of the run, where all data is known."""
+    if dataset:
+        return BatchArithmetic.of(config, train_stream(config, dataset)).rows()
     arguments = config.sft_train.training_args
-    device = "CPU" if config.num_gpus_per_node == 0 else "GPU"
     row = "pack" if config.sft_train.use_sequence_packing else "sample"
-    rows = [("ranks", f"{config.sft_train.world_size} ({device} {', '.join(map(str, config.sft_train.devices))})")]
-    if config.model_parallel_size > 1:
-        rows.append(("ranks a model", str(config.model_parallel_size)))
     return [
-        *rows,
+        ("ranks", count(config.sft_train.world_size)),
         (
-            f"{row}s a step",
-            f"{arguments.per_device_train_batch_size} a micro-batch x {arguments.gradient_accumulation_steps} "
-            f"micro-batches x {config.data_parallel_size} ranks = {count(config.num_rows_per_step)}",
+            "global batch",
+            f"{arguments.per_device_train_batch_size} {row}s a micro-batch x {arguments.gradient_accumulation_steps} "
+            f"micro-batches x {config.data_parallel_size} ranks = {count(config.num_rows_per_step)} {row}s, "
+            f"at most {count(config.num_rows_per_step * config.sequence_length)} tokens",
         ),
-        ("tokens a step", f"at most {count(config.num_rows_per_step * config.sequence_length)}"),
     ]
 
 
@@ -113,6 +92,7 @@ def _check_data(config: SFTConfig, name: str, paths: list[str], console: Console
         except SftFastError as error:
             error.path = heads.get(error.path or "", error.path)
             raise
+        dataset = sft_fast.Dataset(report.path)
         is_whole = len(paths) <= MAX_FILES and all(head == path for head, path in heads.items())
         console.print(
             two_columns(
@@ -125,8 +105,10 @@ def _check_data(config: SFTConfig, name: str, paths: list[str], console: Console
                 ],
             )
         )
+        if name == "train":
+            console.print(two_columns("batch", _batch_rows(config, dataset if is_whole else None)))
         if num_samples and report.num_samples:
-            show_samples(sft_fast.Dataset(report.path), console, num_samples=num_samples, renamed=heads)
+            show_samples(dataset, console, num_samples=num_samples, renamed=heads)
 
 
 def _head(path: str, scratch: Path) -> str:
