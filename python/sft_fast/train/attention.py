@@ -13,10 +13,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from sft_fast.errors import ConfigError, TrainError
@@ -31,7 +32,7 @@ def register(implementation: str | None = None) -> None:
     """Makes `attn_implementation=NAME` valid for models of transformers. May be called again.
 
     Args:
-        implementation: `None` or `auto` for the fastest kernel; `sdpa`, `eager` or `fa2` (`flash_attention_2`) for that.
+        implementation: None or `auto` for the fastest kernel; `sdpa`, `eager` or `fa2` (`flash_attention_2`) for it.
 
     Raises:
         ConfigError: FlashAttention is asked for and not there.
@@ -63,20 +64,26 @@ def per_sample_attention(
     implementation: str = "auto",
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each segment of one row of tokens.
+    """Causal attention inside each segment of one row of tokens; called by the layers of a model.
 
     Args:
         module: the layer that asks; only its class name is read, for errors.
-        query: float `[1, num_heads, T, head_dim]`; `key` and `value` may have fewer heads (grouped queries).
+        query: float `[1, num_heads, T, head_dim]`.
+        key: float `[1, num_key_heads, T, head_dim]`, with as many heads or fewer (grouped queries).
+        value: as `key`.
+        attention_mask: None: the segments say it all.
+        dropout: probability that a weight is left out.
+        scaling: factor of the scores; None is `head_dim ** -0.5`.
         sliding_window: a token sees at most this many tokens, itself included; None for all before it.
         softcap: scores become `softcap * tanh(scores / softcap)`; None for none.
         cu_seqlens: int32 `[num_segments + 1]` on the device of `query`, from 0 to T.
         max_seqlen: tokens of the longest segment.
         segment_lengths: the differences of `cu_seqlens` as plain integers, so that no device is waited for.
         implementation: see `register`.
+        **arguments: what else the model passes along.
 
     Returns:
-        float `[1, T, num_heads, head_dim]` and None (there are no attention weights to show).
+        float `[1, T, num_heads, head_dim]`, and None for the weights, which are not kept.
 
     Raises:
         TrainError: the batch came without segments or with a mask.
@@ -93,79 +100,79 @@ def per_sample_attention(
                 code="unsupported_model",
                 hint="choose another model; Llama, Qwen, Mistral, Gemma, Phi and GPT-2 families work",
             )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = _Rule(dropout, scaling, sliding_window, softcap or None)
 
-    kernel = _varlen_kernel(query, dropout, softcap, implementation)
+    kernel = _varlen_kernel(query, rule, implementation)
     if kernel is not None:
-        output = kernel(query, key, value, cu_seqlens, max_seqlen, dropout, scaling, sliding_window, softcap)
-        return output.unsqueeze(0), None
+        # The kernels want tokens before heads; a view, since that is the order that the projections made.
+        tokens = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+        return kernel(*tokens, cu_seqlens, max_seqlen, rule).unsqueeze(0), None
 
-    attend = _attend_in_steps if softcap or implementation == "eager" else _attend
+    attend = _attend_in_steps if rule.softcap or implementation == "eager" else _attend
     # `split`, not slices: its backward is one concatenation, where each slice would write a whole gradient of zeros.
     lengths = list(segment_lengths)
-    segments = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    outputs = [attend(q, k, v, dropout, scaling, sliding_window, softcap).transpose(1, 2) for q, k, v in segments]
-    return torch.cat(outputs, dim=1), None
+    segments = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([attend(q, k, v, rule).transpose(1, 2) for q, k, v in segments], dim=1), None
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    dropout: float,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Rule:
+    """How scores become weights; the meanings are those of `per_sample_attention`."""
+
+    dropout: float
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """As the kernels say it: tokens seen to the left and to the right besides the token itself; -1 for all."""
+        return (-1, 0) if self.sliding_window is None else (self.sliding_window - 1, 0)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
     """One segment through torch's kernel; float `[1, num_heads, n, head_dim]` in and out."""
     num_tokens = query.shape[2]
-    grouped = query.shape[1] != key.shape[1]
-    if sliding_window is None or num_tokens <= sliding_window:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
-        )
-    mask = _band(num_tokens, sliding_window, query.device)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+    needs_mask = rule.sliding_window is not None and num_tokens > rule.sliding_window
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=_visible(num_tokens, rule.sliding_window, query.device) if needs_mask else None,
+        dropout_p=rule.dropout,
+        is_causal=not needs_mask,
+        scale=rule.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
-def _attend_in_steps(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    dropout: float,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """One segment in plain steps, for what torch's kernel does not know. Memory is quadratic in the segment."""
+def _attend_in_steps(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """The same in plain steps, for what torch's kernel does not know. Memory is quadratic in the segment."""
     num_tokens, num_groups = query.shape[2], query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(num_groups, dim=1)
-    value = value.repeat_interleave(num_groups, dim=1)
-    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    mask = _band(num_tokens, sliding_window or num_tokens, query.device)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    key, value = key.repeat_interleave(num_groups, dim=1), value.repeat_interleave(num_groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * rule.scaling
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
+    hidden = ~_visible(num_tokens, rule.sliding_window, query.device)
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(F.dropout(weights, p=dropout), value)
+    return torch.matmul(functional.dropout(weights, p=rule.dropout), value)
 
 
-def _band(num_tokens: int, window: int, device: torch.device) -> torch.Tensor:
-    """bool `[num_tokens, num_tokens]`: token i sees token j when `i - window < j <= i`."""
+def _visible(num_tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Which token sees which, bool `[num_tokens, num_tokens]`: i sees j when `i - window < j <= i`."""
     position = torch.arange(num_tokens, device=device)
     distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
+    return (distance >= 0) & (distance < (num_tokens if window is None else window))
 
 
-# A kernel over all segments at once: (query, key, value, cu_seqlens, max_seqlen, dropout, scaling, sliding_window,
-# softcap) -> float [T, num_heads, head_dim].
+# A kernel over all segments at once: (query, key, value, cu_seqlens, max_seqlen, rule), tensors of
+# [T, heads, head_dim] in and out.
 _Kernel = Callable[..., torch.Tensor]
 
 
-def _varlen_kernel(
-    query: torch.Tensor, dropout: float, softcap: float | None, implementation: str
-) -> _Kernel | None:
+def _varlen_kernel(query: torch.Tensor, rule: _Rule, implementation: str) -> _Kernel | None:
     """The kernel that takes all segments in one call here, or None where each segment goes alone."""
     if implementation in ("sdpa", "eager") or query.device.type != "cuda":
         return None
@@ -173,19 +180,14 @@ def _varlen_kernel(
         return None
     if (flash := _flash_attention()) is not None:
         return flash
-    return _torch_varlen() if dropout == 0.0 and not softcap else None
-
-
-def _window(sliding_window: int | None) -> tuple[int, int]:
-    """The kernels' way to say it: tokens seen to the left and to the right, besides the token itself; -1: all."""
-    return (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    return _torch_varlen() if rule.dropout == 0.0 and rule.softcap is None else None
 
 
 @functools.cache
 def _flash_attention() -> _Kernel | None:
-    """FlashAttention-2 when it is installed: the one kernel with dropout and softcap."""
+    """FlashAttention-2 where it is installed: the one kernel with dropout and softcap."""
     try:
-        from flash_attn import flash_attn_varlen_func
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
     except ImportError:
         return None
 
@@ -195,22 +197,21 @@ def _flash_attention() -> _Kernel | None:
         value: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
-        dropout: float,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
+        rule: _Rule,
     ) -> torch.Tensor:
         output: torch.Tensor = flash_attn_varlen_func(
-            *_token_major(query, key, value),
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            dropout_p=dropout,
-            softmax_scale=scaling,
+            query,
+            key,
+            value,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            dropout_p=rule.dropout,
+            softmax_scale=rule.scaling,
             causal=True,
-            window_size=_window(sliding_window),
-            softcap=softcap or 0.0,
+            window_size=rule.window,
+            softcap=rule.softcap or 0.0,
         )
         return output
 
@@ -219,7 +220,7 @@ def _flash_attention() -> _Kernel | None:
 
 @functools.cache
 def _torch_varlen() -> _Kernel | None:
-    """torch's own kernel (nothing to install), in the form that says causality by its window."""
+    """The kernel that comes with torch, in the form that says causality by its window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -233,27 +234,21 @@ def _torch_varlen() -> _Kernel | None:
         value: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
-        dropout: float,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
+        rule: _Rule,
     ) -> torch.Tensor:
         output = varlen_attn(
-            *_token_major(query, key, value),
+            query,
+            key,
+            value,
             cu_seqlens,
             cu_seqlens,
             max_seqlen,
             max_seqlen,
-            scale=scaling,
-            window_size=_window(sliding_window),
+            scale=rule.scaling,
+            window_size=rule.window,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         assert isinstance(output, torch.Tensor)
         return output
 
     return kernel
-
-
-def _token_major(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """`[1, heads, T, head_dim]` to `[T, heads, head_dim]`; a view, since transformers made it from that order."""
-    return [tensor.squeeze(0).transpose(0, 1) for tensor in tensors]

@@ -34,11 +34,8 @@ class MicroBatch:
     targets: torch.Tensor  # int64 [n]: those next tokens
 
     @property
-    def num_tokens(self) -> int:
-        return int(self.input_ids.shape[1])
-
-    @property
     def num_label_tokens(self) -> int:
+        """The `n` of the fields."""
         return int(self.targets.shape[0])
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -52,8 +49,8 @@ class MicroBatch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return MicroBatch(**{name: function(v) if torch.is_tensor(v) else v for name, v in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return MicroBatch(**(values | {name: function(v) for name, v in values.items() if torch.is_tensor(v)}))
 
 
 def make_micro_batch(arrays: Mapping[str, Any]) -> MicroBatch:

@@ -10,6 +10,7 @@ see. The error that is reported is the first cause: see `first_cause`.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import socket
@@ -137,17 +138,22 @@ class Cluster:
         """
         import ray
 
-        self._ray = ray
+        self._ray: Any = ray
         self.world_size = config.sft_train.world_size
         self._actors: list[Any] = []
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             # Only step numbers and reports travel through Ray: the smallest object store will do.
-            local = {} if os.environ.get("RAY_ADDRESS") else {"object_store_memory": 80 * 2**20}
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **local)
+            num_bytes = None if os.environ.get("RAY_ADDRESS") else 80 * 2**20
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=num_bytes,
+            )
         try:
-            places = _places(config, ray.nodes(), ray.get_runtime_context().get_node_id())
+            places = _places(config, self._ray.nodes(), ray.get_runtime_context().get_node_id())
             self._actors = [_start_actor(ray, config, place) for place in places]
             # Asked of all at once, so that they start at the same time.
             found = ray.get([actor.locate.remote() for actor in self._actors])
@@ -241,9 +247,9 @@ class RankActor:
 
     def locate(self) -> tuple[str, int, str, int]:
         """Host name, process id, network address, and a port that is free there."""
-        import ray
+        from ray.util import get_node_ip_address
 
-        return platform.node(), os.getpid(), ray.util.get_node_ip_address(), free_port()
+        return platform.node(), os.getpid(), get_node_ip_address(), free_port()  # type: ignore[no-untyped-call]
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The answer of a worker's method, or the first `Failure` of this rank: after that nothing is tried again."""

@@ -58,9 +58,11 @@ def write_model(
 
     Args:
         weights: by the names of the transformers model, or of PEFT's wrapper of it where `arguments` ask for adapters.
+        arguments: precision, and which adapters there are.
         config: the model's configuration.
         pretrain: directory of the model that adapters are merged into.
         model_files: directory whose tokenizer files are copied.
+        output_dir: where the model goes.
 
     Raises:
         FileError: `output_dir` is a file, or holds something that is no model.
@@ -79,7 +81,7 @@ def write_model(
         weights = model.state_dict()
     else:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.config.dtype = dtype
 
     staging = target.with_name(f"{target.name}.staging-{uuid.uuid4().hex[:8]}")
@@ -100,6 +102,7 @@ def export_checkpoint(checkpoint: str, output_dir: str) -> None:
 
     Args:
         checkpoint: a directory `checkpoint-<step>` (or the cluster's directory in it).
+        output_dir: where the model goes.
 
     Raises:
         ConfigError: it is no complete checkpoint.

@@ -107,6 +107,10 @@ def cross_entropy_sum(
         hidden: float `[n, hidden_size]`, the positions that have a label and no others.
         weight: float `[vocab_size, hidden_size]`.
         targets: int64 `[n]`.
+        bias: float `[vocab_size]`, or None.
+        scale: factor of the logits.
+        softcap: logits become `softcap * tanh(logits / softcap)`; None for none.
+        factor: factor of the loss.
         chunk_rows: positions whose logits exist at one time; None chooses by the vocabulary and the device.
 
     Returns:

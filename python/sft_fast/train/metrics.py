@@ -38,6 +38,7 @@ class MetricsFile:
         """Opens the file.
 
         Args:
+            path: the file.
             resumed_step: steps that are done already; the lines of later ones are dropped, since they come again. With
                 0 the run is new, and a file that is there is put aside under another name.
         """

@@ -42,7 +42,8 @@ class SFTModel(nn.Module):
     @property
     def hf_model(self) -> Any:
         """The transformers model itself, without PEFT's wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def forward(
         self,
@@ -137,6 +138,7 @@ def load_model(path: str, model_args: Any, *, seed: int = 0) -> nn.Module:
     """The model of a directory, ready to be wrapped by `SFTModel`: dtype, attention, adapters, checkpointing.
 
     Args:
+        path: the model directory.
         model_args: the `model_args` part of the configuration.
         seed: decides the initial values of adapters.
 
@@ -146,7 +148,7 @@ def load_model(path: str, model_args: Any, *, seed: int = 0) -> nn.Module:
     """
     config = load_config(path, model_args.model_config_kwargs)
     attention.register(model_args.attn_implementation)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
@@ -199,7 +201,7 @@ def _add_lora(model: nn.Module, model_args: Any) -> nn.Module:
     )
     try:
         # Adapters in the dtype of the model: the optimizer keeps the float32 masters.
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)  # type: ignore[arg-type, no-any-return]
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ConfigError(_first_line(error), location="sft_train.model_args.lora_target") from error
 
@@ -240,7 +242,7 @@ def check_model(model: SFTModel, device: torch.device) -> None:
             )
             with _eager_attention(hf):
                 alone = ids.new_zeros((), dtype=torch.float32)
-                for sample in ids.split(lengths, dim=1):
+                for sample in torch.split(ids, list(lengths), dim=1):
                     logits = hf(input_ids=sample, use_cache=False).logits[0, :-1].float()
                     alone += nn.functional.cross_entropy(logits, sample[0, 1:], reduction="sum")
     except (TypeError, TrainError) as error:

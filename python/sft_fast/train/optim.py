@@ -25,7 +25,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Raises:
         ConfigError: nothing is trainable.
     """
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             num_dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
@@ -41,7 +42,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizer(model: nn.Module, arguments: Any) -> torch.optim.AdamW:
-    """torch's AdamW over `parameter_groups`, with the values of `training_args`."""
+    """AdamW of torch over `parameter_groups`, with the values of `training_args`."""
     return torch.optim.AdamW(
         parameter_groups(model, arguments.weight_decay),
         lr=arguments.learning_rate,

@@ -95,7 +95,8 @@ class SFTPipeline:
         resumed = checkpoint_to_resume(config)
         if resumed is not None:
             check_agreement(resumed, state)
-            state = replace(state, **{name: getattr(resumed.state, name) for name in ("step", "run_id", "best_val_loss")})
+            done = resumed.state
+            state = replace(state, step=done.step, run_id=done.run_id, best_val_loss=done.best_val_loss)
 
         log_file = open_log_file(self._run_directory / "train.log")
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases or the terminal, behind one small interface."""
+"""Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases or stdout, behind one small interface."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def create_tracker(
     """The tracker that `track_with` names.
 
     Args:
+        name: `track_with`.
         arguments: `tracker_kwargs`.
+        exp_name: name of the run.
+        run_directory: where the tracker may keep files.
         resolved_config: the configuration as YAML, without secrets, for trackers that keep it with the run.
 
     Raises:
@@ -75,9 +78,9 @@ class _TensorBoardTracker:
     """Event files by TensorBoard's own writer; torch's would load torch into the driver."""
 
     def __init__(self, directory: Path) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
         self._event, self._summary = Event, Summary
         self._writer = EventFileWriter(str(directory), flush_secs=10)

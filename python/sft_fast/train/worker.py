@@ -6,12 +6,11 @@ called with the same method in the same order.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -79,7 +78,10 @@ class SFTWorker:
         """Opens the data sets, loads the model, and goes back to a checkpoint where there is one.
 
         Args:
-            train_path: directory of the training data set; `val_path` of the validation data set, if there is one.
+            config: the run.
+            rank: which of the ranks this is.
+            train_path: directory of the training data set.
+            val_path: directory of the validation data set, if there is one.
             checkpoint: directory of a complete checkpoint.
 
         Raises:
@@ -147,9 +149,7 @@ class SFTWorker:
                 num_label_tokens += batch.num_label_tokens
         finally:
             batches.close()
-        return ValStepReport(
-            loss_sum=loss_sum, num_label_tokens=num_label_tokens, seconds=time.perf_counter() - start
-        )
+        return ValStepReport(loss_sum=loss_sum, num_label_tokens=num_label_tokens, seconds=time.perf_counter() - start)
 
     def do_checkpoint(self, directory: str) -> float:
         """Writes this rank's part of a checkpoint into a staging directory (see `checkpoint.py`).

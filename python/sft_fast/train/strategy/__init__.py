@@ -15,8 +15,8 @@ _STRATEGIES = ("deepspeed_train",)
 _EQUIVALENTS = {
     "megatron_train": (
         "write strategy_name: deepspeed_train and\n"
-        "  strategy_config.zero_optimization.stage: 1   for use_distributed_optimizer (2 and 3 save more memory;\n"
-        "                                               3 also splits the weights, as tensor and pipeline parallel do)\n"
+        "  strategy_config.zero_optimization.stage: 1   for use_distributed_optimizer\n"
+        "  strategy_config.zero_optimization.stage: 3   to split the weights, as tensor and pipeline parallel do\n"
         "  strategy_config.zero_optimization.offload_optimizer: {device: cpu}   for optimizer_cpu_offload\n"
         "  model_args.disable_gradient_checkpointing: false   for recompute_granularity: full\n"
         "and leave out *_model_parallel_size, sequence_parallel and context_parallel_size"

@@ -66,8 +66,10 @@ class TrainStrategy(abc.ABC):
         """One optimizer step.
 
         Args:
-            batches: this rank's micro-batches of the step, `num_batches` of them (at least one), as many as any rank's.
+            batches: this rank's micro-batches of the step.
+            num_batches: how many they are: at least one, and the same on every rank.
             num_label_tokens: label tokens of the whole global batch, the divisor of the loss.
+            learning_rate: of this step.
         """
 
     @abc.abstractmethod

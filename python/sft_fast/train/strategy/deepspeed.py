@@ -18,6 +18,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
+from typing_extensions import override
 
 from sft_fast.errors import TrainError
 from sft_fast.train.batch import MicroBatch
@@ -44,10 +45,12 @@ class DeepSpeedStrategy(TrainStrategy):
         self.device = torch.device(rank.device, 0) if rank.device == "cuda" else torch.device(rank.device)
 
     @property
+    @override
     def data_parallel_rank(self) -> int:
         return self._rank.rank // int(self._config.model_parallel_size)
 
     @property
+    @override
     def data_parallel_size(self) -> int:
         return int(self._config.data_parallel_size)
 
@@ -56,6 +59,7 @@ class DeepSpeedStrategy(TrainStrategy):
         """1, 2 or 3."""
         return int(self._settings["zero_optimization"]["stage"])
 
+    @override
     def initialize(self, load_model: Callable[[], SFTModel]) -> None:
         self._join()
         model = load_model()
@@ -85,6 +89,7 @@ class DeepSpeedStrategy(TrainStrategy):
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
+    @override
     def train_step(
         self, batches: Iterable[MicroBatch], num_batches: int, num_label_tokens: int, learning_rate: float
     ) -> StepResult:
@@ -104,9 +109,7 @@ class DeepSpeedStrategy(TrainStrategy):
             total += loss.detach()
         engine.step()
         grad_norm = engine.get_global_grad_norm()
-        result = StepResult(
-            loss=total.item() / weight, grad_norm=math.nan if grad_norm is None else float(grad_norm)
-        )
+        result = StepResult(loss=total.item() / weight, grad_norm=math.nan if grad_norm is None else float(grad_norm))
         # With float16 DeepSpeed itself leaves a step out when its gradient overflows, and goes on with a lower scale.
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) and not engine.fp16_enabled():
             raise TrainError(
@@ -116,16 +119,19 @@ class DeepSpeedStrategy(TrainStrategy):
             )
         return result
 
+    @override
     def val_step(self, batch: MicroBatch) -> float:
         self._engine.eval()
         with torch.no_grad():
             loss: torch.Tensor = self._engine(**_arguments(batch.to(self.device)))
         return loss.item()
 
+    @override
     def save(self, directory: str, tag: str) -> None:
         # `latest` would point at this checkpoint before it is whole; which one is newest is decided elsewhere.
         self._engine.save_checkpoint(directory, tag=tag, save_latest=False, exclude_frozen_parameters=self._has_frozen)
 
+    @override
     def load(self, directory: str, tag: str) -> None:
         path, _ = self._engine.load_checkpoint(directory, tag=tag, load_module_strict=not self._has_frozen)
         if path is None:
@@ -137,11 +143,12 @@ class DeepSpeedStrategy(TrainStrategy):
         return any(not parameter.requires_grad for parameter in self._engine.module.parameters())
 
     @property
+    @override
     def model(self) -> SFTModel:
-        """This rank's part of the model."""
         module: SFTModel = self._engine.module
         return module
 
+    @override
     def gather_weights(self) -> dict[str, Any] | None:
         if self.zero_stage == 3:
             weights = self._engine._consolidated_16bit_state_dict()
@@ -151,6 +158,7 @@ class DeepSpeedStrategy(TrainStrategy):
             return None
         return {name.removeprefix("model."): tensor.detach().cpu() for name, tensor in weights.items()}
 
+    @override
     def close(self) -> None:
         if self._engine is not None:
             self._engine.destroy()

@@ -48,7 +48,7 @@ def make_deepspeed_config(config: Any) -> dict[str, Any]:
     Raises:
         ConfigError: `strategy_config` sets what is ours to set, or what is not supported; `location` is the key.
     """
-    settings = _without_auto(copy.deepcopy(config.sft_train.strategy_args.strategy_config))
+    settings: dict[str, Any] = _without_auto(copy.deepcopy(config.sft_train.strategy_args.strategy_config))
     for key, instead in _OURS.items():
         if settings.get(key) is not None:
             raise _refusal(key, f"it is decided elsewhere: set {instead}")
