@@ -67,9 +67,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def preprocess(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="FILE", help="JSONL or JSON files, or globs; with --config-name: KEY=VALUE overrides."
-        ),
+        typer.Argument(metavar="FILE", help="JSONL or JSON files, or globs; with --config-name: KEY=VALUE overrides."),
     ] = None,
     output_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data set goes.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Model directory with a tokenizer.")] = None,
