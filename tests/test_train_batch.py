@@ -1,0 +1,130 @@
+"""From arrays to micro-batches, and the thread that prepares them."""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sft_fast.train.batch import IGNORED_LABEL, Prefetcher, make_micro_batch
+from tests.train_helpers import Workspace, dataset_of, samples_of, train_stream
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A tiny model and records."""
+    return Workspace.create(tmp_path_factory.mktemp("batch"))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rows_per_micro_batch", [1, 3, 64])
+def test_micro_batches_hold_each_sample_once_and_no_padding(
+    workspace: Workspace, packed: bool, rows_per_micro_batch: int
+) -> None:
+    """Cut at its segments, what the device gets is the samples of the step: each once, whole, with its own labels."""
+    config = workspace.config(packed=packed, rows=8, micro_batches=1)
+    stream = train_stream(config, dataset_of(config))
+    for step in range(stream.num_steps):
+        plan = stream.step(step, rows_per_micro_batch=rows_per_micro_batch)
+        found = []
+        for index in range(len(plan.micro_batches)):
+            batch = make_micro_batch(stream.batch(plan, index))
+            labels = torch.full_like(batch.input_ids[0], IGNORED_LABEL)
+            labels[batch.label_positions] = batch.targets
+            lengths = list(batch.segment_lengths)
+            for ids, positions, targets in zip(
+                batch.input_ids[0].split(lengths), batch.position_ids[0].split(lengths), labels.split(lengths), strict=True
+            ):
+                assert positions.tolist() == list(range(len(ids)))
+                found.append((ids.tolist(), targets.tolist()))
+            assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(lengths)]
+            assert batch.max_seqlen == max(lengths)
+
+        expected = [(ids[0].tolist(), [*targets.tolist(), IGNORED_LABEL]) for ids, targets in samples_of(stream, step)]
+        assert sorted(found) == sorted(expected)
+        assert sum(len(ids) for ids, _ in found) == plan.num_tokens
+
+
+def test_a_micro_batch_without_labels_is_one_token() -> None:
+    """A rank that has nothing to do in the last step still has something to compute, with no loss."""
+    arrays = {
+        "input_ids": np.array([[7, 7, 7]]),
+        "labels": np.full((1, 3), IGNORED_LABEL),
+        "position_ids": np.arange(3)[None],
+        "cu_seqlens": np.array([0, 3], np.int32),
+    }
+    batch = make_micro_batch(arrays)
+
+    assert batch.input_ids.tolist() == [[7]]
+    assert batch.segment_lengths == (1,)
+    assert batch.num_label_tokens == 0
+
+
+def test_prefetching_keeps_the_order() -> None:
+    """Items come out as they went in, and then there are no more, however often one asks."""
+    prefetcher = Prefetcher(iter(range(50)), depth=3)
+
+    assert list(prefetcher) == list(range(50))
+    assert list(prefetcher) == []
+
+
+def test_prefetching_is_bounded() -> None:
+    """The thread runs ahead by the depth (and the item in its hand) and no further."""
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    prefetcher = Prefetcher(items(), depth=4)
+    try:
+        deadline = time.monotonic() + 5
+        while len(taken) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert len(taken) == 5
+    finally:
+        prefetcher.close()
+
+
+def test_an_error_comes_out_where_its_item_would() -> None:
+    """What went right before the error is still handed on; the error is raised in the thread that waits."""
+
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("broken row")
+
+    prefetcher = Prefetcher(items(), depth=2)
+
+    assert next(prefetcher) == 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match="broken row"):
+            next(prefetcher)
+
+
+def test_closing_ends_the_thread() -> None:
+    """A prefetcher that is closed half way leaves no thread behind."""
+    before = threading.active_count()
+    prefetcher = Prefetcher(iter(itertools.count()), depth=2)
+    next(prefetcher)
+    prefetcher.close()
+
+    assert threading.active_count() == before
+    prefetcher.close()
+
+
+def test_the_order_of_a_step_does_not_depend_on_the_ranks(workspace: Workspace, tmp_path: Path) -> None:
+    """The micro-batches of two ranks together are those of one rank: the same samples, as many micro-batches on each."""
+    config = workspace.config(rows=4, micro_batches=2)
+    stream = train_stream(config, dataset_of(config))
+    for step in range(stream.num_steps):
+        alone = stream.step(step, rows_per_micro_batch=2).micro_batches
+        ranks = [stream.step(step, rank=r, world_size=2, rows_per_micro_batch=2).micro_batches for r in range(2)]
+
+        assert sorted(itertools.chain(*alone)) == sorted(itertools.chain(*itertools.chain(*ranks)))
+        assert len(ranks[0]) == len(ranks[1])
