@@ -28,6 +28,7 @@ LENGTHS = (5, 17, 1, 9)
 
 
 def make_family(kind: str, implementation: str = "auto") -> Any:
+    """A tiny model of a family with per-sample attention."""
     attention.register(implementation)
     model = make_model(kind, **FAMILIES[kind])
     model.set_attn_implementation(attention.NAME)
@@ -35,6 +36,7 @@ def make_family(kind: str, implementation: str = "auto") -> Any:
 
 
 def segments(lengths: tuple[int, ...]) -> dict[str, Any]:
+    """What tells a model where the samples of a row are."""
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     return {
@@ -48,6 +50,7 @@ def segments(lengths: tuple[int, ...]) -> dict[str, Any]:
 
 
 def token_ids(seed: int = 0) -> torch.Tensor:
+    """A row of samples of `LENGTHS`, int64 [1, T]."""
     return torch.randint(3, VOCAB_SIZE, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(seed))
 
 

@@ -4,7 +4,6 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +36,10 @@ def test_micro_batches_hold_each_sample_once_and_no_padding(
             labels[batch.label_positions] = batch.targets
             lengths = list(batch.segment_lengths)
             for ids, positions, targets in zip(
-                batch.input_ids[0].split(lengths), batch.position_ids[0].split(lengths), labels.split(lengths), strict=True
+                batch.input_ids[0].split(lengths),
+                batch.position_ids[0].split(lengths),
+                labels.split(lengths),
+                strict=True,
             ):
                 assert positions.tolist() == list(range(len(ids)))
                 found.append((ids.tolist(), targets.tolist()))
@@ -118,8 +120,8 @@ def test_closing_ends_the_thread() -> None:
     prefetcher.close()
 
 
-def test_the_order_of_a_step_does_not_depend_on_the_ranks(workspace: Workspace, tmp_path: Path) -> None:
-    """The micro-batches of two ranks together are those of one rank: the same samples, as many micro-batches on each."""
+def test_ranks_share_the_rows_of_a_step(workspace: Workspace) -> None:
+    """Two ranks together have the rows of one rank alone, and as many micro-batches each."""
     config = workspace.config(rows=4, micro_batches=2)
     stream = train_stream(config, dataset_of(config))
     for step in range(stream.num_steps):

@@ -28,6 +28,7 @@ from tests.train_helpers import Workspace
 
 
 def state(step: int, **changes: Any) -> TrainState:
+    """The state of a run after a step."""
     values: dict[str, Any] = {
         "fingerprint": "f" * 8,
         "seed": 1,
@@ -57,10 +58,12 @@ def written(root: Path, step: int) -> Path:
 
 
 def save(root: Path, step: int, **changes: Any) -> Checkpoint:
+    """A committed checkpoint."""
     return commit(written(root, step), state(step, **changes))
 
 
 def names(root: Path) -> list[str]:
+    """What is in the directory of checkpoints."""
     return sorted(path.name for path in (root / CLUSTER_NAME).iterdir())
 
 
@@ -86,7 +89,7 @@ def test_a_committed_checkpoint_is_found_where_it_should_be(tmp_path: Path) -> N
     ],
 )
 def test_an_incomplete_checkpoint_is_never_resumed(tmp_path: Path, damage: Any) -> None:
-    """Whatever of the newest checkpoint is missing or cut short, the one before it is resumed; by name it is refused."""
+    """Whatever of the newest checkpoint is missing or short, the one before is resumed; by name it is refused."""
     older, newest = save(tmp_path, 1), save(tmp_path, 2)
     damage(newest.path)
     config = Workspace(tmp_path, tmp_path, tmp_path).config(resume_from_checkpoint=True, output_dir=str(tmp_path))
@@ -202,11 +205,13 @@ def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def metrics(step: int, **changes: Any) -> StepMetrics:
+    """The metrics of a step."""
     values: dict[str, Any] = {field.name: 0.5 for field in dataclasses.fields(StepMetrics)}
     return StepMetrics(**(values | {"step": step, "val_loss": None} | changes))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -59,11 +59,14 @@ def test_a_model_that_is_frozen_whole_is_refused() -> None:
     ],
 )
 def test_the_learning_rate_is_that_of_transformers(name: str, options: dict[str, Any]) -> None:
-    """Step k has the rate that a scheduler of transformers shows when step k is taken, whichever step is asked first."""
+    """A step has the rate that a scheduler of transformers shows at that step, whichever step is asked first."""
     from transformers import get_scheduler
 
     arguments = TrainingArguments(
-        learning_rate=3e-4, lr_scheduler_type=name, lr_scheduler_kwargs=options, warmup_steps=4  # type: ignore[arg-type]
+        learning_rate=3e-4,
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=options,
+        warmup_steps=4,  # type: ignore[arg-type]
     )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
     scheduler = get_scheduler(
@@ -102,6 +105,7 @@ def test_an_unknown_strategy_is_refused_with_what_to_write_instead(name: str, hi
 
 
 def settings_of(workspace: Workspace, strategy: dict[str, Any], **model: Any) -> dict[str, Any]:
+    """What DeepSpeed is given for a `strategy_config`."""
     config = workspace.config(model=model)
     config.sft_train.strategy_args.strategy_config = strategy
     return make_deepspeed_config(config)

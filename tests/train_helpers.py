@@ -1,4 +1,4 @@
-"""What the tests of training share: a tiny model, records, a configuration, and the plain loop that is the reference."""
+"""What the tests of training share: a tiny model, records, configurations, and a plain loop to compare with."""
 
 import dataclasses
 import json
@@ -129,7 +129,9 @@ class Workspace:
         return SFTConfig(
             **(values | changes),
             sft_train=WorkerConfig(
-                model_args=ModelArguments(**({"dtype": "fp32", "disable_gradient_checkpointing": True} | (model or {}))),
+                model_args=ModelArguments(
+                    **({"dtype": "fp32", "disable_gradient_checkpointing": True} | (model or {}))
+                ),
                 training_args=TrainingArguments(**(arguments | (training or {}))),
                 data_args=files,
                 strategy_args=StrategyArguments(strategy_config={"zero_optimization": {"stage": stage}}),
@@ -142,7 +144,9 @@ class Workspace:
 
 def dataset_of(config: SFTConfig) -> Dataset:
     """The training data set of a run."""
-    return Dataset(ensure_dataset(config.data_files()["train"], config.data_cache_dir, **config.preprocess_options()).path)
+    return Dataset(
+        ensure_dataset(config.data_files()["train"], config.data_cache_dir, **config.preprocess_options()).path
+    )
 
 
 def start_worker(config: SFTConfig, checkpoint: Path | None = None) -> SFTWorker:

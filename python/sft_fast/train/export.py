@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sft_fast.config import ModelArguments
 from sft_fast.errors import FileError, TrainError
-from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, read_checkpoint
+from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, Checkpoint, read_checkpoint
 from sft_fast.train.model import DTYPES, load_config, load_model
 
 # What belongs to a model besides its weights and its config.json; copied as it is.
@@ -82,6 +82,8 @@ def write_model(
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    for name in model.all_tied_weights_keys:
+        weights.pop(name, None)  # it is the same weight under a second name
     model.config.dtype = dtype
 
     staging = target.with_name(f"{target.name}.staging-{uuid.uuid4().hex[:8]}")
@@ -108,17 +110,28 @@ def export_checkpoint(checkpoint: str, output_dir: str) -> None:
         ConfigError: it is no complete checkpoint.
         FileError: `output_dir` holds something that is no model.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     found = read_checkpoint(checkpoint)
     arguments = ModelArguments(**found.state.model_args)
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints each file that it reads
-        weights = get_fp32_state_dict_from_zero_checkpoint(
-            str(found.path), tag=CLUSTER_NAME, exclude_frozen_parameters=bool(arguments.lora_target)
-        )
     files = str(found.path / MODEL_DIRECTORY)
-    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    weights = {name.removeprefix("model."): tensor for name, tensor in _read_weights(found).items()}
     write_model(weights, arguments, load_config(files), found.state.pretrain, files, output_dir)
+
+
+def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    """The weights in a checkpoint by the names of `SFTModel`; of a model with adapters, what was trained."""
+    if checkpoint.state.zero_stage < 3:
+        # One file has them all, in the precision of the run.
+        path = checkpoint.path / CLUSTER_NAME / "mp_rank_00_model_states.pt"
+        weights: Mapping[str, torch.Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)[
+            "module"
+        ]
+        return weights
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it shows every file
+        return get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.path), tag=CLUSTER_NAME, exclude_frozen_parameters=bool(checkpoint.state.adapters[0])
+        )
 
 
 def _merged(weights: Mapping[str, torch.Tensor], arguments: ModelArguments, pretrain: str) -> Any:
