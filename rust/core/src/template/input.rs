@@ -1,0 +1,85 @@
+//! What a template sees of a conversation: messages as `transformers` hands them over.
+//!
+//! `apply_chat_template` leaves out the fields that are null, and gives the reasoning of a message under all the names
+//! that templates read it by. Everything else is passed as it is, without a copy.
+
+use std::collections::HashSet;
+
+use super::value::{Dict, Items, Value};
+use crate::conversation::{Conversation, Message};
+use crate::error::{Error, ErrorKind, Result};
+use crate::json::{self, Data, Member};
+
+/// The names of a message's reasoning; the first that is there is the one that counts.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// The messages as a list.
+pub(super) fn messages<'a>(messages: &'a [Message<'a>]) -> Items<'a> {
+    let values = Value::list(messages.iter().map(message).collect()).and_then(|list| list.iterate());
+    values.expect("messages of a record nest no deeper than JSON may")
+}
+
+/// One message as a dict.
+fn message<'a>(message: &'a Message<'a>) -> Value<'a> {
+    let is_null = |member: &Member<'_>| matches!(member.value.data, Data::Null);
+    let is_reasoning = |member: &Member<'_>| REASONING.contains(&&*member.key);
+    if !message.fields.iter().any(|member| is_null(member) || is_reasoning(member)) {
+        return Value::Dict(Dict::Json(&message.fields));
+    }
+    let mut fields: Vec<(Value<'a>, Value<'a>)> = message
+        .fields
+        .iter()
+        .filter(|member| !is_null(member))
+        .map(|member| (Value::text(&member.key), Value::from_json(&member.value)))
+        .collect();
+    let find =
+        |fields: &[(Value<'a>, Value<'a>)], name: &str| fields.iter().position(|(key, _)| key.as_str() == Some(name));
+    let reasoning = REASONING.iter().find_map(|name| find(&fields, name)).map(|at| fields[at].1.clone());
+    if let Some(reasoning) = reasoning {
+        if find(&fields, "thinking").is_none() {
+            fields.insert(0, (Value::text("thinking"), reasoning.clone()));
+        }
+        match find(&fields, "reasoning_content") {
+            Some(at) => fields[at].1 = reasoning,
+            None => fields.push((Value::text("reasoning_content"), reasoning)),
+        }
+    }
+    Value::dict(fields).expect("a message of a record nests no deeper than JSON may")
+}
+
+/// Refuses what Python would read in another way than it is written: integers beyond 128 bits, and objects that name a
+/// key twice.
+pub(super) fn check(conversation: &Conversation<'_>) -> Result<()> {
+    for (index, message) in conversation.messages.iter().enumerate() {
+        for member in &message.fields {
+            check_value(&member.value)
+                .map_err(|error| error.at_location(format!("messages[{index}].{}", member.key)))?;
+        }
+    }
+    match &conversation.tools {
+        Some(tools) => check_value(tools).map_err(|error| error.at_location("tools")),
+        None => Ok(()),
+    }
+}
+
+fn check_value(value: &json::Value<'_>) -> Result<()> {
+    match &value.data {
+        Data::Array(values) => values.iter().try_for_each(check_value),
+        Data::Object(members) => {
+            let mut seen = HashSet::new();
+            for member in members {
+                if !seen.insert(&*member.key) {
+                    let message = format!("expected each key once, found '{}' twice", member.key);
+                    return Err(Error::new(ErrorKind::DuplicateKey, message).at_offset(member.offset));
+                }
+                check_value(&member.value)?;
+            }
+            Ok(())
+        }
+        Data::Number(text) if !text.contains(['.', 'e', 'E']) && text.parse::<i128>().is_err() => {
+            let message = format!("expected an integer of at most 128 bits, found {text:.60}");
+            Err(Error::new(ErrorKind::WrongType, message).at_offset(value.offset))
+        }
+        _ => Ok(()),
+    }
+}

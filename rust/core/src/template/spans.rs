@@ -1,0 +1,259 @@
+//! What of a rendered conversation is trained on, proved from the template itself.
+//!
+//! The reference is what the model sees when it answers: the template's text of the messages before an answer, with
+//! `add_generation_prompt`. That text must be a prefix of the whole text; where it ends, the answer begins. The answer
+//! ends with its end-of-turn token; white space that the template writes behind it is not the answer's.
+//!
+//! Where an answer ends that is not the last message, the text alone does not say. Three witnesses do:
+//!
+//! * the loop over the messages: what it wrote while it stood at the answer. It is asked under oath: with another message
+//!   in the place of the next one, and nothing after it, the text up to there must stay the same. So no part of the span
+//!   comes from a later message.
+//! * the conversation cut behind the answer, if its text is a prefix of the whole text;
+//! * the same with a generation prompt, if it is a prefix once the prompt is taken off.
+//!
+//! The loop is believed alone if the span ends with an end-of-turn token that the template is known to write (see
+//! [`Endings`]), otherwise the longest of the three counts. Where there is no witness, the conversation is refused. Every
+//! run but the first compares its output with the text and keeps nothing.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use super::ChatTemplate;
+use super::failure::{Cause, Eval, Failure};
+use super::input;
+use super::interpreter::{Difference, Visit};
+use super::python::trim_end;
+use super::value::Items;
+use crate::conversation::{Conversation, Message, Role};
+use crate::error::{Error, ErrorKind, Result};
+use crate::json::{Data, Value};
+
+/// What a template writes around answers, learned when it is compiled.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Endings {
+    /// What `add_generation_prompt` adds behind a user's message.
+    pub prompt: Option<String>,
+    /// What follows an answer: before a generation prompt, and at the end of a conversation.
+    pub tails: Vec<Tail>,
+}
+
+/// What a template writes behind an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Tail {
+    text: String,
+    /// How much of it belongs to the answer: all but the white space at its end.
+    length: usize,
+}
+
+impl Endings {
+    /// Tries the template on a short conversation. Templates that refuse it have no known endings.
+    pub fn learn(template: &ChatTemplate) -> Self {
+        const ANSWER: &str = "An answer.";
+        let messages = [Message::new(Role::User, "A question?"), Message::new(Role::Assistant, ANSWER)];
+        let text = |length: usize, prompt: bool| template.text(input::messages(&messages[..length]), None, prompt).ok();
+        let prompt = match (text(1, true), text(1, false)) {
+            (Some(with), Some(without)) => with.strip_prefix(&without).map(str::to_owned),
+            _ => None,
+        };
+        let tail = |text: &str| {
+            let text = &text[text.rfind(ANSWER)? + ANSWER.len()..];
+            Some(Tail { text: text.to_owned(), length: trim_end(text).len() })
+        };
+        let inner = match (text(2, true), &prompt) {
+            (Some(text), Some(prompt)) => text.strip_suffix(&**prompt).and_then(tail),
+            _ => None,
+        };
+        let mut last = text(2, false).as_deref().and_then(tail);
+        if let (Some(inner), Some(last)) = (&inner, &mut last)
+            && inner.length > 0
+            && last.text.starts_with(&inner.text)
+        {
+            // What only the end of a conversation has, such as an end-of-text token, is not the end of the turn.
+            last.length = inner.length;
+        }
+        let mut tails: Vec<Tail> = [last, inner].into_iter().flatten().collect();
+        tails.sort_by_key(|tail| std::cmp::Reverse(tail.text.len()));
+        Self { prompt, tails }
+    }
+
+    /// Is there a token that ends a turn?
+    pub fn has_end_of_turn(&self) -> bool {
+        !self.tails.is_empty() && self.tails.iter().all(|tail| tail.length > 0)
+    }
+
+    /// The answer without what the template writes behind its end, and whether it ends its turn.
+    fn trim<'t>(&self, answer: &'t str) -> (&'t str, bool) {
+        let trimmed = trim_end(answer);
+        for tail in self.tails.iter().filter(|tail| tail.length > 0) {
+            if let Some(content) = trimmed.strip_suffix(trim_end(&tail.text)) {
+                return (&answer[..content.len() + tail.length], true);
+            }
+        }
+        let spaces = self.tails.iter().filter(|tail| tail.length == 0);
+        let content = spaces.filter_map(|tail| answer.strip_suffix(&*tail.text)).min_by_key(|content| content.len());
+        (content.unwrap_or(answer), false)
+    }
+}
+
+/// Finds the spans of `text`, which is the template's text of `conversation`.
+///
+/// # Errors
+/// [`ErrorKind::MaskUnproved`], naming the first message whose answer can't be told from what surrounds it.
+pub(super) fn prove<'r>(
+    template: &'r ChatTemplate,
+    conversation: &'r Conversation<'r>,
+    messages: &'r Items<'r>,
+    text: &'r str,
+    visits: &[Visit],
+    spans: &mut Vec<Range<usize>>,
+) -> Result<()> {
+    let proof = Proof { template, conversation, messages, text };
+    for (index, message) in conversation.messages.iter().enumerate() {
+        if message.role != Role::Assistant {
+            continue;
+        }
+        let span = proof.span(index, &visits[index])?;
+        if spans.last().is_some_and(|last| last.end > span.start) {
+            return Err(unproved(index, "the answer before it ends behind its beginning"));
+        }
+        spans.push(span);
+    }
+    Ok(())
+}
+
+struct Proof<'p> {
+    template: &'p ChatTemplate,
+    conversation: &'p Conversation<'p>,
+    messages: &'p Items<'p>,
+    text: &'p str,
+}
+
+fn unproved(index: usize, reason: impl std::fmt::Display) -> Error {
+    Error::new(ErrorKind::MaskUnproved, format!("can't prove what of the text is this answer: {reason}"))
+        .at_location(format!("messages[{index}]"))
+}
+
+impl<'p> Proof<'p> {
+    /// Compares the text of other messages with the whole text: the bytes that agree, and what follows instead.
+    fn compare<'m>(&self, messages: Items<'m>, with_prompt: bool) -> Eval<(usize, Vec<u8>)>
+    where
+        'p: 'm,
+    {
+        let tools = self.conversation.tools.as_ref();
+        let Difference { common, rest, .. } = self.template.compare(messages, tools, with_prompt, self.text)?;
+        Ok((common, rest))
+    }
+
+    fn span(&self, index: usize, visit: &Visit) -> Result<Range<usize>> {
+        let start = match self.compare(self.messages.window(0..index), true) {
+            Ok((start, rest)) if rest.is_empty() => start,
+            Ok((common, rest)) => {
+                let start = common.saturating_sub(20);
+                let seen = String::from_utf8_lossy(&self.text.as_bytes()[start..common]);
+                let rest: String = String::from_utf8_lossy(&rest).chars().take(20).collect();
+                let reason = format!(
+                    "the model would see {rest:?} behind {seen:?}, where the conversation goes on in another way"
+                );
+                return Err(unproved(index, reason).with_hint(
+                    "the template changes earlier text or opens the answer in its generation prompt; \
+                     use a template with {% generation %} markers or another named template",
+                ));
+            }
+            Err(failure) => {
+                return Err(unproved(index, format!("the messages before it don't render: {}", sentence(&failure))));
+            }
+        };
+        let last = self.messages.len() - 1;
+        let end = if index == last {
+            self.trimmed(start, self.text.len()).map(|(end, _)| end)
+        } else {
+            self.inner_end(index, start, visit)
+        };
+        match end {
+            Some(end) if end > start => Ok(start..end),
+            Some(_) => Err(unproved(index, "the template writes nothing of it")),
+            None => Err(unproved(index, "its end can't be told from what follows")),
+        }
+    }
+
+    /// The end of an answer whose text, white space behind it included, is `start..end`; and whether it ends its turn.
+    fn trimmed(&self, start: usize, end: usize) -> Option<(usize, bool)> {
+        let (answer, is_ended) = self.template.endings().trim(self.text.get(start..end)?);
+        Some((start + answer.len(), is_ended))
+    }
+
+    /// The end of an answer that other messages follow.
+    fn inner_end(&self, index: usize, start: usize, visit: &Visit) -> Option<usize> {
+        let by_loop = match visit {
+            Visit::Wrote(wrote) if self.is_independent(index, wrote.end) => self.trimmed(start, wrote.end),
+            _ => None,
+        };
+        if let Some((end, true)) = by_loop {
+            return Some(end);
+        }
+        let cut = || self.messages.window(0..index + 1);
+        let by_cut = match self.compare(cut(), false) {
+            Ok((end, rest)) if rest.is_empty() => self.trimmed(start, end),
+            _ => None,
+        };
+        let by_prompt = match (&self.template.endings().prompt, self.compare(cut(), true)) {
+            (Some(prompt), Ok((common, rest))) => {
+                let end = (common + rest.len()).checked_sub(prompt.len())?;
+                let agrees = end <= common && {
+                    let tail = [&self.text.as_bytes()[end..common], &rest].concat();
+                    tail == prompt.as_bytes()
+                };
+                if agrees { self.trimmed(start, end) } else { None }
+            }
+            _ => None,
+        };
+        [by_loop, by_cut, by_prompt].into_iter().flatten().map(|(end, _)| end).max()
+    }
+
+    /// Does the text up to `end` stay the same whatever follows message `index`?
+    fn is_independent(&self, index: usize, end: usize) -> bool {
+        let next = &self.conversation.messages[index + 1];
+        let mut other = Message { role: next.role, fields: Vec::new() };
+        for member in &next.fields {
+            let mut member = member.clone();
+            if member.key == "content" {
+                member.value.data = other_content(&member.value);
+            }
+            if next.role != Role::Assistant || matches!(&*member.key, "role" | "content") {
+                other.fields.push(member);
+            }
+        }
+        let mut messages: Vec<Message<'_>> = Vec::with_capacity(index + 2);
+        messages.extend_from_slice(&self.conversation.messages[..=index]);
+        messages.push(other);
+        let difference = self.compare(input::messages(&messages), false);
+        difference.is_ok_and(|(common, _)| common >= end)
+    }
+}
+
+/// A content that differs from `content` in its first letter.
+fn other_content<'a>(content: &Value<'a>) -> Data<'a> {
+    let other = |text: &str| if text.trim_start().starts_with('Y') { "Z" } else { "Y" };
+    match &content.data {
+        Data::String(text) => Data::String(Cow::Borrowed(other(text))),
+        Data::Array(_) => {
+            let member = |key: &'static str, text: &'static str| crate::json::Member {
+                key: Cow::Borrowed(key),
+                offset: 0,
+                value: Value::string(text),
+            };
+            let part = Data::Object(vec![member("type", "text"), member("text", "Y")]);
+            Data::Array(vec![Value { offset: 0, data: part }])
+        }
+        data => data.clone(),
+    }
+}
+
+/// What a failure says, for messages.
+pub(super) fn sentence(failure: &Failure) -> String {
+    match failure.cause() {
+        Cause::Raised(message) => format!("the template says: {message}"),
+        Cause::Impossible(message) => message.clone(),
+    }
+}
