@@ -69,6 +69,11 @@ class ChatTemplate:
         return self._core.source
 
     @property
+    def why_not_fast(self) -> str | None:
+        """Why the `tokenizers` library encodes, not the fast engine, where it does."""
+        return self._core.why_not_fast
+
+    @property
     def verdict(self) -> dict[str, Any]:
         """What is known of the template: `prefix_preserving`, `end_of_turn_trained`, `date_dependent`."""
         verdict: dict[str, Any] = json.loads(self._core.verdict())

@@ -77,6 +77,7 @@ def preprocess(
     prompt_key: Annotated[str, typer.Option(help="Field of the prompt.")] = "instruction",
     query_key: Annotated[str | None, typer.Option(help="Field of further input.")] = None,
     response_key: Annotated[str, typer.Option(help="Field of the answer.")] = "output",
+    template_date: Annotated[str | None, typer.Option(help="Date that the template takes for today.")] = None,
     num_threads: Annotated[int | None, typer.Option(min=1, help="Threads; one a core if not given.")] = None,
     on_error: Annotated[
         Literal["raise", "skip"], typer.Option(help="What to do with a record that is wrong.")
@@ -126,6 +127,7 @@ def preprocess(
             prompt_key=prompt_key,
             query_key=query_key,
             response_key=response_key,
+            template_date=template_date,
             num_threads=num_threads,
             on_error=on_error,
             too_long=too_long,
@@ -256,6 +258,8 @@ def _print_reports(reports: dict[str, sft_fast.Report], as_json: bool) -> None:
         console.stdout_console().print(console.report_table(report, name or "preprocessed"))
         if report.num_rejected:
             console.print_note(f"what was left out, and why: {os.path.join(report.path, 'rejected.jsonl')}")
+        if report.why_not_fast and not report.reused:
+            console.print_note(f"the slower tokenizers library encoded: {report.why_not_fast}")
 
 
 def _missing_package(error: ModuleNotFoundError) -> Exception:

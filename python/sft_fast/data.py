@@ -46,6 +46,8 @@ class Report:
     seconds: float
     reused: bool
     """Whether the dataset was there already."""
+    why_not_fast: str | None
+    """Why the `tokenizers` library encoded, not the fast engine, where it did: the tokens are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ def preprocess(
     prompt_key: str = "instruction",
     query_key: str | None = None,
     response_key: str = "output",
+    template_date: str | None = None,
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     too_long: Literal["reject", "truncate"] = "reject",
@@ -93,6 +96,7 @@ def preprocess(
         prompt_key: Field of the prompt.
         query_key: Field that is appended to the prompt after a newline; a record may lack it.
         response_key: Field of the answer.
+        template_date: The date, as 2026-01-31, that a chat template takes for today if it asks; by default today's.
         num_threads: Threads that encode; one for each core by default.
         on_error: `raise` stops at the first wrong record; `skip` leaves wrong records out, lists them in
             `rejected.jsonl` and counts them.
@@ -113,8 +117,8 @@ def preprocess(
     """
     return _preprocess(output_dir, in_cache=False, overwrite=overwrite, files=files, tokenizer=tokenizer,
                        template=template, sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
-                       query_key=query_key, response_key=response_key, num_threads=num_threads, on_error=on_error,
-                       too_long=too_long, progress=progress)  # fmt: skip
+                       query_key=query_key, response_key=response_key, template_date=template_date,
+                       num_threads=num_threads, on_error=on_error, too_long=too_long, progress=progress)  # fmt: skip
 
 
 def ensure_dataset(
@@ -128,6 +132,7 @@ def ensure_dataset(
     prompt_key: str = "instruction",
     query_key: str | None = None,
     response_key: str = "output",
+    template_date: str | None = None,
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     too_long: Literal["reject", "truncate"] = "reject",
@@ -142,8 +147,8 @@ def ensure_dataset(
     """
     return _preprocess(cache_dir, in_cache=True, overwrite=False, files=files, tokenizer=tokenizer, template=template,
                        sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
-                       query_key=query_key, response_key=response_key, num_threads=num_threads, on_error=on_error,
-                       too_long=too_long, progress=progress)  # fmt: skip
+                       query_key=query_key, response_key=response_key, template_date=template_date,
+                       num_threads=num_threads, on_error=on_error, too_long=too_long, progress=progress)  # fmt: skip
 
 
 def _preprocess(
@@ -157,7 +162,7 @@ def _preprocess(
     for name, value in (("sequence_length", sequence_length), ("num_threads", num_threads)):
         if value is not None and not 0 < value < 2**32:
             raise ConfigError(f"expected {name} to be a positive number, found {value}")
-    path, manifest_json, reused, seconds = _core.preprocess(
+    path, manifest_json, reused, seconds, why_not_fast = _core.preprocess(
         resolve_files(files), output_dir, sequence_length=sequence_length, num_threads=num_threads, **arguments
     )
     manifest = json.loads(manifest_json)
@@ -167,6 +172,7 @@ def _preprocess(
         num_bytes=sum(file["num_bytes"] for file in manifest["files"]),
         seconds=seconds,
         reused=reused,
+        why_not_fast=why_not_fast,
         **{key: manifest[key] for key in _REPORTED},
     )
 

@@ -268,6 +268,10 @@ class SFTConfig:
     global_template: str | None = None
     """Chat template of the whole run; replaces `sft_train.data_args.template`."""
 
+    template_date: str | None = None
+    """The date, as 2026-01-31, that a chat template takes for today if it asks for one. `null`: today's, so that such a
+    run can only be resumed on the same day. Ours."""
+
     validation: ValidationConfig | None = None
     """Validation data. Without `validation.data_args.file_name` there is no validation."""
 
@@ -350,6 +354,7 @@ class SFTConfig:
             "prompt_key": self.prompt_key,
             "query_key": self.query_key,
             "response_key": self.response_key,
+            "template_date": self.template_date,
             "num_threads": self.sft_train.data_args.preprocessing_num_workers,
             "on_error": self.on_error,
             "too_long": self.too_long,

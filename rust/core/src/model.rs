@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::Result;
 use crate::shard::sha256;
-use crate::template::{self, ChatTemplate, Rendered};
+use crate::template::{self, ChatTemplate, DateTime, Rendered};
 use crate::tokenize::{self, Encode, Tokenizer};
 
 /// A tokenizer and the chat template that goes with it.
@@ -31,8 +31,13 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads the tokenizer of `directory` and the chat template that `template` names (`native`: the model's own).
-    pub fn load(directory: &Path, template: &str) -> Result<Self> {
+    /// Loads the tokenizer of `directory` and the chat template that `template` names (`native`: the model's own). A template
+    /// that asks for the date is told `date` (`2026-01-31`), or that of today.
+    pub fn load(directory: &Path, template: &str, date: Option<&str>) -> Result<Self> {
+        let clock: DateTime = match date {
+            Some(date) => date.parse()?,
+            None => DateTime::now().to_string()[.."2026-01-31".len()].parse()?,
+        };
         let tokenizer = tokenize::load(directory)?;
         let tokenizer_sha256 = sha256(&directory.join("tokenizer.json"))?;
         let (name, source, special_tokens) = template::load(directory, template)?;
@@ -49,9 +54,9 @@ impl Model {
             tokenizer,
             tokenizer_sha256,
             template_name: template.into(),
-            template: ChatTemplate::compile(&name, &source, &special_tokens)?,
+            template: ChatTemplate::compile(&name, &source, &special_tokens)?.with_clock(clock),
             template_sha256,
-            template_date: String::new(),
+            template_date: clock.to_string(),
             pad_token_id,
         })
     }

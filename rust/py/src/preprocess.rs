@@ -23,10 +23,11 @@ pub struct Progress {
     num_tokens: u64,
 }
 
-/// Makes a dataset and returns (path, manifest as JSON, whether it was there already, seconds).
+/// Makes a dataset and returns (path, manifest as JSON, whether it was there already, seconds, why the reference
+/// tokenizer was taken).
 #[pyfunction]
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
-    query_key, response_key, num_threads, on_error, too_long, overwrite, progress, chunk_bytes=None, max_shard_tokens=None))]
+    query_key, response_key, template_date, num_threads, on_error, too_long, overwrite, progress, chunk_bytes=None, max_shard_tokens=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub fn preprocess(
     py: Python<'_>,
@@ -40,6 +41,7 @@ pub fn preprocess(
     prompt_key: String,
     query_key: Option<String>,
     response_key: String,
+    template_date: Option<String>,
     num_threads: Option<NonZero<usize>>,
     on_error: &str,
     too_long: &str,
@@ -47,7 +49,7 @@ pub fn preprocess(
     progress: Option<Py<PyAny>>,
     chunk_bytes: Option<usize>,
     max_shard_tokens: Option<u32>,
-) -> PyResult<(PathBuf, String, bool, f64)> {
+) -> PyResult<(PathBuf, String, bool, f64, Option<String>)> {
     let unknown = |name: &str, expected: &str, found: &str| {
         to_python(py, &Error::new(ErrorKind::Argument, format!("expected {name} to be {expected}, found '{found}'")))
     };
@@ -73,9 +75,10 @@ pub fn preprocess(
         chunk_bytes,
         max_shard_tokens: max_shard_tokens.unwrap_or(MAX_SHARD_TOKENS),
     };
-    let report = detached(py, |call| {
-        let model = Model::load(&tokenizer, &template)?;
-        core::preprocess(&options, &model, &mut |state| {
+    let (report, why_not_fast) = detached(py, |call| {
+        let model = Model::load(&tokenizer, &template, template_date.as_deref())?;
+        let why_not_fast = model.tokenizer.why_not_fast().map(str::to_owned);
+        let report = core::preprocess(&options, &model, &mut |state| {
             call(&|py| {
                 let Some(progress) = &progress else { return Ok(()) };
                 let state = Progress {
@@ -88,8 +91,9 @@ pub fn preprocess(
                 };
                 progress.call1(py, (state,)).map(drop)
             })
-        })
+        })?;
+        Ok((report, why_not_fast))
     })?;
     let manifest = serde_json::to_string(&report.manifest).expect("plain data");
-    Ok((report.path, manifest, report.is_reused, report.elapsed.as_secs_f64()))
+    Ok((report.path, manifest, report.is_reused, report.elapsed.as_secs_f64(), why_not_fast))
 }

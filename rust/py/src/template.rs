@@ -34,8 +34,10 @@ impl ChatTemplate {
 #[pymethods]
 impl ChatTemplate {
     #[new]
-    fn new(py: Python<'_>, tokenizer: PathBuf, template: String) -> PyResult<Self> {
-        let model = py.detach(|| Model::load(&tokenizer, &template)).map_err(|error| to_python(py, &error))?;
+    #[pyo3(signature = (tokenizer, template, date=None))]
+    fn new(py: Python<'_>, tokenizer: PathBuf, template: String, date: Option<String>) -> PyResult<Self> {
+        let model =
+            py.detach(|| Model::load(&tokenizer, &template, date.as_deref())).map_err(|error| to_python(py, &error))?;
         Ok(Self { model })
     }
 
@@ -43,6 +45,12 @@ impl ChatTemplate {
     #[getter]
     fn source(&self) -> &str {
         self.model.template.source()
+    }
+
+    /// Why the reference tokenizer was taken, where it was.
+    #[getter]
+    fn why_not_fast(&self) -> Option<&str> {
+        self.model.tokenizer.why_not_fast()
     }
 
     /// What is known of the template, as JSON.
