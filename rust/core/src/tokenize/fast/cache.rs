@@ -1,31 +1,30 @@
 //! The pretoken cache of one thread: pretokens seen before and their ids.
 //!
 //! Text repeats itself: 98 pretokens of 100 are in the cache. A pretoken of up to 15 bytes is the key itself, two 64-bit words;
-//! an entry with up to four ids takes 32 bytes, two entries a cache line, and a lookup touches that one line. A new entry pushes
-//! the older of its line out, so memory is bounded and nothing is ever moved. Longer pretokens (and those with more ids) live in
-//! a second, smaller table with their bytes and ids in a shared store, which is emptied when it is full.
+//! an entry with up to four ids takes 32 bytes, two entries a cache line, and a lookup touches that one line, which the caller
+//! fetches ahead. A new entry pushes the older of its line out, so memory is bounded and nothing is ever moved. Longer pretokens
+//! (and those with more ids) live in a second, smaller table, their bytes and ids in a store that is emptied when it is full.
 //!
 //! The cache never changes an answer, only the time it takes.
 
+use memmap2::MmapMut;
 use std::hash::BuildHasher;
 
 /// Longest pretoken that is its own key.
 const MAX_KEY: usize = 15;
-const MAX_INLINE_IDS: usize = 4;
+/// Most ids of an entry.
+pub const MAX_IDS: usize = 4;
 /// In the place of a number of ids: more than fit, look into the second table.
-const OVERFLOW: u64 = 15;
-/// Low bits of the top byte of a key hold the length, high bits the number of ids.
-const KEY_MASK: u64 = 0x0fff_ffff_ffff_ffff;
+const OVERFLOW: u64 = 7;
+/// The top byte of a key: four bits of length, three for the number of ids (none in the key itself), one for pieces.
+const KEY_MASK: u64 = 0x8fff_ffff_ffff_ffff;
+const LEN_SHIFT: u32 = 56;
+const NUM_SHIFT: u32 = 60;
+const PIECE_SHIFT: u32 = 63;
 
-#[derive(Clone, Copy, Default)]
-struct Entry {
-    key: [u64; 2],
-    ids: [u32; MAX_INLINE_IDS],
-}
-
-#[derive(Clone, Copy, Default)]
-#[repr(align(64))]
-struct Line([Entry; 2]);
+/// Two words of key, two of ids.
+type Entry = [u64; 4];
+type Line = [Entry; 2];
 
 #[derive(Clone, Copy, Default)]
 struct LongEntry {
@@ -38,24 +37,36 @@ struct LongEntry {
 
 /// Pretokens and their ids.
 pub struct Cache {
-    lines: Box<[Line]>,
+    /// `[Line]`
+    lines: MmapMut,
+    num_lines: usize,
     long: Box<[LongEntry]>,
     long_keys: Vec<u8>,
     long_ids: Vec<u32>,
     hasher: foldhash::fast::FixedState,
 }
 
-/// A pretoken as a key.
-#[derive(Clone, Copy)]
+/// A pretoken as a key; zeros for one that is too long to be a key.
+#[derive(Clone, Copy, Default)]
 pub struct Key([u64; 2]);
 
+/// What the cache says of a key.
+pub enum Found {
+    /// The ids, the first so many of them.
+    Ids([u32; MAX_IDS], usize),
+    /// Ask [`Cache::get_long`].
+    Long,
+    /// Nothing.
+    Nothing,
+}
+
 impl Key {
-    /// The key of `text[start..end]`, or `None` if that is longer than a key can hold.
-    #[inline]
-    pub fn new(text: &[u8], start: usize, end: usize) -> Option<Self> {
+    /// The key of `text[start..end]`; a piece and a whole pretoken of the same bytes are two keys.
+    #[inline(always)]
+    pub fn new(text: &[u8], start: usize, end: usize, is_piece: bool) -> Self {
         let len = end - start;
         if len > MAX_KEY {
-            return None;
+            return Self::default();
         }
         let bytes = match text.get(start..start + 16) {
             Some(bytes) => u128::from_le_bytes(bytes.try_into().expect("the slice has 16 bytes")),
@@ -66,23 +77,27 @@ impl Key {
             }
         };
         let kept = bytes & (u128::MAX >> (8 * (16 - len)));
-        Some(Self([kept as u64, (kept >> 64) as u64 | (len as u64) << 56]))
+        let top = (len as u64) << LEN_SHIFT | (is_piece as u64) << PIECE_SHIFT;
+        Self([kept as u64, (kept >> 64) as u64 | top])
     }
 
-    #[inline]
-    fn hash(self) -> u64 {
-        let product = (self.0[0] ^ 0x9e37_79b9_7f4a_7c15) as u128 * (self.0[1] ^ 0xc2b2_ae3d_27d4_eb4f) as u128;
-        product as u64 ^ (product >> 64) as u64
+    fn is_long(self) -> bool {
+        self.0[1] == 0
     }
 }
 
 impl Cache {
     /// A cache of about `num_bytes` bytes.
     pub fn new(num_bytes: usize) -> Self {
-        let num_lines = (num_bytes / 64).next_power_of_two().max(64);
+        let num_lines = (num_bytes / size_of::<Line>()).next_power_of_two().max(64);
         let num_long = (num_lines / 16).max(64);
+        let lines = MmapMut::map_anon(num_lines * size_of::<Line>()).expect("memory for the cache");
+        // A table that is read at random wants large pages; where there are none it is only slower.
+        #[cfg(target_os = "linux")]
+        let _ = lines.advise(memmap2::Advice::HugePage);
         Self {
-            lines: vec![Line::default(); num_lines].into(),
+            lines,
+            num_lines,
             long: vec![LongEntry::default(); num_long].into(),
             long_keys: Vec::new(),
             long_ids: Vec::new(),
@@ -96,59 +111,85 @@ impl Cache {
         self.long_ids.clear();
     }
 
-    fn line(&self, key: Key) -> usize {
-        key.hash() as usize & (self.lines.len() - 1)
+    /// The number of the line where `key` would be.
+    #[inline(always)]
+    pub fn line_of(&self, key: Key) -> usize {
+        let product = (key.0[0] ^ 0x9e37_79b9_7f4a_7c15) as u128 * (key.0[1] ^ 0xc2b2_ae3d_27d4_eb4f) as u128;
+        (product as u64 ^ (product >> 64) as u64) as usize & (self.num_lines - 1)
     }
 
-    /// Appends the ids of `pretoken`, if they are known, to `out`.
-    #[inline]
-    pub fn get(&self, key: Option<Key>, pretoken: &[u8], out: &mut Vec<u32>) -> bool {
-        let Some(key) = key else { return self.get_long(pretoken, out) };
-        let line = &self.lines[self.line(key)];
-        for entry in &line.0 {
-            if entry.key[0] == key.0[0] && entry.key[1] & KEY_MASK == key.0[1] {
-                let num = entry.key[1] >> 60;
+    #[inline(always)]
+    fn lines(&self) -> &[Line] {
+        bytemuck::cast_slice(&self.lines)
+    }
+
+    /// Fetches a line into the processor's cache, if the processor can be asked to.
+    #[inline(always)]
+    pub fn prefetch(&self, line: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(line) = self.lines().get(line) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: fetching ahead has no effect but on time, and the address is that of a line.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+
+    /// Looks for `key` in its line.
+    #[inline(always)]
+    pub fn get(&self, key: Key, line: usize) -> Found {
+        if key.is_long() {
+            return Found::Long;
+        }
+        for entry in &self.lines()[line] {
+            if entry[0] == key.0[0] && entry[1] & KEY_MASK == key.0[1] {
+                let num = entry[1] >> NUM_SHIFT & 7;
                 if num == OVERFLOW {
-                    return self.get_long(pretoken, out);
+                    return Found::Long;
                 }
-                out.extend_from_slice(&entry.ids[..num as usize]);
-                return true;
+                return Found::Ids(bytemuck::cast([entry[2], entry[3]]), num as usize);
             }
         }
-        false
+        Found::Nothing
     }
 
     /// Remembers the ids of `pretoken`.
-    pub fn put(&mut self, key: Option<Key>, pretoken: &[u8], ids: &[u32]) {
-        if key.is_none() || ids.len() > MAX_INLINE_IDS {
-            self.put_long(pretoken, ids);
+    pub fn put(&mut self, key: Key, line: usize, pretoken: &[u8], is_piece: bool, ids: &[u32]) {
+        if key.is_long() || ids.len() > MAX_IDS {
+            self.put_long(pretoken, is_piece, ids);
         }
-        let Some(key) = key else { return };
-        let mut entry = Entry { key: key.0, ids: [0; MAX_INLINE_IDS] };
-        if ids.len() <= MAX_INLINE_IDS {
-            entry.ids[..ids.len()].copy_from_slice(ids);
-            entry.key[1] |= (ids.len() as u64) << 60;
-        } else {
-            entry.key[1] |= OVERFLOW << 60;
+        if key.is_long() {
+            return;
         }
-        let line = self.line(key);
-        let entries = &mut self.lines[line].0;
+        let mut inline = [0u32; MAX_IDS];
+        let mut num = OVERFLOW;
+        if let Some(inline) = inline.get_mut(..ids.len()) {
+            inline.copy_from_slice(ids);
+            num = ids.len() as u64;
+        }
+        let ids: [u64; 2] = bytemuck::cast(inline);
+        let lines: &mut [Line] = bytemuck::cast_slice_mut(&mut self.lines);
+        let entries = &mut lines[line];
         entries[1] = entries[0];
-        entries[0] = entry;
+        entries[0] = [key.0[0], key.0[1] | num << NUM_SHIFT, ids[0], ids[1]];
     }
 
-    fn get_long(&self, pretoken: &[u8], out: &mut Vec<u32>) -> bool {
-        let hash = self.hasher.hash_one(pretoken);
+    /// The ids of a pretoken that is long or has many.
+    pub fn get_long(&self, pretoken: &[u8], is_piece: bool) -> Option<&[u32]> {
+        let hash = self.long_hash(pretoken, is_piece);
         let entry = &self.long[hash as usize & (self.long.len() - 1)];
         let key = entry.key_start as usize..(entry.key_start + entry.key_len) as usize;
         let found = entry.num_ids > 0 && entry.hash == hash && self.long_keys[key] == *pretoken;
-        if found {
-            out.extend_from_slice(&self.long_ids[entry.ids_start as usize..(entry.ids_start + entry.num_ids) as usize]);
-        }
-        found
+        found.then(|| &self.long_ids[entry.ids_start as usize..(entry.ids_start + entry.num_ids) as usize])
     }
 
-    fn put_long(&mut self, pretoken: &[u8], ids: &[u32]) {
+    /// Pieces have other hashes than whole pretokens of the same bytes, and equal hashes are asked for.
+    fn long_hash(&self, pretoken: &[u8], is_piece: bool) -> u64 {
+        self.hasher.hash_one(pretoken) ^ (is_piece as u64) << 63
+    }
+
+    fn put_long(&mut self, pretoken: &[u8], is_piece: bool, ids: &[u32]) {
         // On average 32 bytes of key an entry and as many of ids: the store is bounded like the table.
         let capacity = self.long.len() * 32;
         if pretoken.len() > capacity / 64 {
@@ -157,7 +198,7 @@ impl Cache {
         if self.long_keys.len() + pretoken.len() > capacity || (self.long_ids.len() + ids.len()) * 4 > capacity {
             self.clear_long();
         }
-        let hash = self.hasher.hash_one(pretoken);
+        let hash = self.long_hash(pretoken, is_piece);
         let slot = hash as usize & (self.long.len() - 1);
         self.long[slot] = LongEntry {
             hash,

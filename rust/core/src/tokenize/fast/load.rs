@@ -7,6 +7,7 @@
 use super::added::{AddedToken, AddedTokens};
 use super::bpe::{self, LEFT_OUT, Merges};
 use super::classes::{ClassTable, Flags, LETTER, MARK};
+use super::cuts::Cuts;
 use super::normalize::Nfc;
 use super::pretokenize::{PreTokenizer, Rules};
 use super::stages::Stage;
@@ -119,7 +120,7 @@ enum Merge<'a> {
 pub fn load(json: &[u8]) -> Result<Parts> {
     let file: File = serde_json::from_slice(json).or_else(|error| refuse(format!("tokenizer.json: {error}")))?;
     let nfc = normalizer(&file.normalizer, "normalizer")?.then(Nfc::new);
-    let pretokenizer = pretokenizer(&file.pre_tokenizer)?;
+    let (rules, table) = pretokenizer(&file.pre_tokenizer)?;
     post_processor(&file.post_processor, "post_processor")?;
 
     let kind: ModelKind = serde_json::from_str(file.model.get()).or_else(|error| refuse(format!("model: {error}")))?;
@@ -144,6 +145,7 @@ pub fn load(json: &[u8]) -> Result<Parts> {
 
     let alphabet = Alphabet::new();
     let (vocab, mut lengths) = vocabulary(&model.vocab, &alphabet)?;
+    let pretokenizer = PreTokenizer::new(rules, table, Cuts::new(vocab.keys()));
     let merges = merge_ids(&model.merges, &vocab, &alphabet)?;
     let mut id_of_byte: [u32; 256] = std::array::from_fn(|byte| vocab.get(&[byte as u8]).unwrap_or(LEFT_OUT));
     let lacking = (0..=255u8).find(|byte| bpe::can_occur(*byte) && id_of_byte[*byte as usize] == LEFT_OUT);
@@ -278,7 +280,7 @@ const DEEPSEEK3: [&str; 3] = [
     ),
 ];
 
-fn pretokenizer(part: &Value) -> Result<PreTokenizer> {
+fn pretokenizer(part: &Value) -> Result<(Rules, ClassTable)> {
     if part.is_null() {
         return refuse("pre_tokenizer = null");
     }
@@ -295,24 +297,20 @@ fn pretokenizer(part: &Value) -> Result<PreTokenizer> {
         .filter_map(|step| if let Step::Split { pattern, .. } = step { Some(&**pattern) } else { None })
         .collect();
     let any_inverted = all.iter().any(|step| matches!(step, Step::Split { inverted: true, .. }));
-    let cl100k = |letters: Flags, max_digits| {
-        Ok(PreTokenizer { rules: Rules::Cl100k { letters, max_digits }, table: ClassTable::new() })
-    };
+    let cl100k = |letters: Flags, max_digits| Ok((Rules::Cl100k { letters, max_digits }, ClassTable::new()));
     match (&all[..], &patterns[..], use_regex) {
-        ([], [], true) | ([_], [GPT2], false) => {
-            Ok(PreTokenizer { rules: Rules::Gpt2 { digits_apart: false }, table: ClassTable::new() })
-        }
+        ([], [], true) | ([_], [GPT2], false) => Ok((Rules::Gpt2 { digits_apart: false }, ClassTable::new())),
         ([Step::Digits { individual: true }], [], true) => {
-            Ok(PreTokenizer { rules: Rules::Gpt2 { digits_apart: true }, table: ClassTable::with_numeric_chars() })
+            Ok((Rules::Gpt2 { digits_apart: true }, ClassTable::with_numeric_chars()))
         }
         ([_], [QWEN2], false) => cl100k(LETTER, 1),
         ([_], [QWEN3_5], false) => cl100k(LETTER | MARK, 1),
         ([_], [CL100K], false) => cl100k(LETTER, 3),
-        ([_], [O200K], false) => Ok(PreTokenizer { rules: Rules::O200k, table: ClassTable::new() }),
+        ([_], [O200K], false) => Ok((Rules::O200k, ClassTable::new())),
         ([_, _, _], patterns, false) if *patterns == DEEPSEEK3 && !any_inverted => {
-            Ok(PreTokenizer { rules: Rules::DeepSeek3, table: ClassTable::new() })
+            Ok((Rules::DeepSeek3, ClassTable::new()))
         }
-        (_, _, false) => Ok(PreTokenizer { rules: Rules::Stages(stages(&all)?), table: ClassTable::new() }),
+        (_, _, false) => Ok((Rules::Stages(stages(&all)?), ClassTable::new())),
         _ => refuse("pre_tokenizer: ByteLevel with use_regex after other splits"),
     }
 }

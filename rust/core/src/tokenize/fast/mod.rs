@@ -14,6 +14,7 @@ mod added;
 mod bpe;
 mod cache;
 mod classes;
+mod cuts;
 mod load;
 mod normalize;
 mod pretokenize;
@@ -21,11 +22,12 @@ mod stages;
 #[cfg(test)]
 mod tests;
 mod vocab;
+mod windows;
 
 pub use load::NotUnderstood;
 
 use added::Piece;
-use cache::{Cache, Key};
+use cache::{Cache, Found, Key, MAX_IDS};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -42,8 +44,25 @@ pub struct Scratch {
     /// The tokenizer whose ids the cache holds.
     owner: u64,
     cache: Option<Cache>,
+    work: Work,
+}
+
+/// Working memory, kept from text to text.
+#[derive(Default)]
+struct Work {
     cursor: pretokenize::Cursor,
-    work: bpe::Workspace,
+    batch: pretokenize::Batch,
+    lookups: Vec<Lookup>,
+    merging: bpe::Workspace,
+}
+
+/// A pretoken (or piece of one) to be looked up.
+struct Lookup {
+    key: Key,
+    line: usize,
+    end: usize,
+    /// Whether it is a piece and that matters.
+    is_piece: bool,
 }
 
 /// Where a byte of the text came to lie among the tokens.
@@ -71,7 +90,7 @@ impl Default for Scratch {
 impl Scratch {
     /// A scratch whose cache takes about this many bytes, once it is used.
     pub fn with_cache_bytes(cache_bytes: usize) -> Self {
-        Self { cache_bytes, owner: 0, cache: None, cursor: Default::default(), work: Default::default() }
+        Self { cache_bytes, owner: 0, cache: None, work: Work::default() }
     }
 }
 
@@ -145,13 +164,13 @@ impl FastTokenizer {
     }
 
     fn run<'a>(&'a self, scratch: &'a mut Scratch, ids: &'a mut Vec<u32>, marker: Marker<'a>) -> Run<'a> {
-        let Scratch { cache_bytes, owner, cache, cursor, work } = scratch;
+        let Scratch { cache_bytes, owner, cache, work } = scratch;
         if *owner != self.number {
             *owner = self.number;
             *cache = None;
         }
         let cache = cache.get_or_insert_with(|| Cache::new(*cache_bytes));
-        Run { parts: &self.parts, cache, cursor, work, ids, marker, ends: None }
+        Run { parts: &self.parts, cache, work, ids, marker, ends: None }
     }
 }
 
@@ -183,8 +202,7 @@ impl Marker<'_> {
 struct Run<'a> {
     parts: &'a load::Parts,
     cache: &'a mut Cache,
-    cursor: &'a mut pretokenize::Cursor,
-    work: &'a mut bpe::Workspace,
+    work: &'a mut Work,
     ids: &'a mut Vec<u32>,
     marker: Marker<'a>,
     ends: Option<&'a mut Vec<u32>>,
@@ -234,7 +252,6 @@ impl Run<'_> {
         let mut inner = Run {
             parts,
             cache: self.cache,
-            cursor: self.cursor,
             work: self.work,
             ids: self.ids,
             marker: Marker { places: &inner_places, marks: &mut inner_marks },
@@ -256,17 +273,16 @@ impl Run<'_> {
 
     /// Text without added tokens, as it is; `base` is where it starts.
     fn pretokens(&mut self, text: &[u8], base: usize) {
-        self.cursor.reset();
         let num_before = self.ids.len();
-        let mut start = 0;
-        while start < text.len() {
-            let end = self.parts.pretokenizer.next(text, start, self.cursor);
-            let first = self.ids.len();
-            self.pretoken(text, start, end);
-            if self.marker.next() < base + end {
-                self.mark(first, text, base, start, end);
+        self.work.cursor.reset();
+        let mut batch_start = 0;
+        loop {
+            self.parts.pretokenizer.fill(text, &mut self.work.cursor, &mut self.work.batch);
+            let batch_end = self.batch(text, base, batch_start);
+            if batch_end == batch_start {
+                break;
             }
-            start = end;
+            batch_start = batch_end;
         }
         if let Some(ends) = &mut self.ends {
             let mut end = 0;
@@ -280,34 +296,82 @@ impl Run<'_> {
         }
     }
 
-    fn pretoken(&mut self, text: &[u8], start: usize, end: usize) {
-        let key = Key::new(text, start, end);
-        let pretoken = &text[start..end];
-        if self.cache.get(key, pretoken, self.ids) {
+    /// The pretokens of the batch, which starts at `batch_start`; returns where it ends.
+    fn batch(&mut self, text: &[u8], base: usize, batch_start: usize) -> usize {
+        // Two rounds, so that the lines of the cache are on their way while keys are still being made.
+        let ignore_merges = self.parts.ignore_merges;
+        let Work { batch, lookups, .. } = &mut *self.work;
+        lookups.clear();
+        let mut start = batch_start;
+        lookups.extend(batch.ends().map(|(end, is_piece)| {
+            let is_piece = is_piece && ignore_merges;
+            let key = Key::new(text, start, end, is_piece);
+            let line = self.cache.line_of(key);
+            self.cache.prefetch(line);
+            start = end;
+            Lookup { key, line, end, is_piece }
+        }));
+        let lookups = std::mem::take(lookups);
+        let mut start = batch_start;
+        // Room for what the entries of the cache give, so that all their ids can be stored at once, wanted or not.
+        let mut num = self.ids.len();
+        self.ids.resize(num + lookups.len() * MAX_IDS, 0);
+        for (i, lookup) in lookups.iter().enumerate() {
+            let first = num;
+            match self.cache.get(lookup.key, lookup.line) {
+                Found::Ids(ids, num_ids) => {
+                    self.ids[num..num + MAX_IDS].copy_from_slice(&ids);
+                    num += num_ids;
+                }
+                found => {
+                    self.ids.truncate(num);
+                    self.pretoken(lookup, found, &text[start..lookup.end]);
+                    num = self.ids.len();
+                    self.ids.resize(num + (lookups.len() - 1 - i) * MAX_IDS, 0);
+                }
+            }
+            if self.marker.next() < base + lookup.end {
+                self.mark(first..num, text, base, start, lookup.end);
+            }
+            start = lookup.end;
+        }
+        self.ids.truncate(num);
+        self.work.lookups = lookups;
+        start
+    }
+
+    /// A pretoken (or piece of one) whose ids are not in the first table of the cache.
+    #[cold]
+    fn pretoken(&mut self, lookup: &Lookup, found: Found, pretoken: &[u8]) {
+        let Lookup { key, line, is_piece, .. } = *lookup;
+        if let Found::Long = found
+            && let Some(ids) = self.cache.get_long(pretoken, is_piece)
+        {
+            self.ids.extend_from_slice(ids);
             return;
         }
         let first = self.ids.len();
-        let whole = if self.parts.ignore_merges { self.parts.vocab.get(pretoken) } else { None };
+        let whole = if self.parts.ignore_merges && !is_piece { self.parts.vocab.get(pretoken) } else { None };
         match whole {
             Some(id) => self.ids.push(id),
-            None => self.parts.merges.encode(pretoken, self.work, self.ids),
+            None => self.parts.merges.encode(pretoken, &mut self.work.merging, self.ids),
         }
-        self.cache.put(key, pretoken, &self.ids[first..]);
+        self.cache.put(key, line, pretoken, is_piece, &self.ids[first..]);
     }
 
-    /// Settles the marks in the pretoken `text[start..end]`, whose tokens are those from number `first` on.
-    fn mark(&mut self, first: usize, text: &[u8], base: usize, start: usize, end: usize) {
-        let (mut token, mut token_start) = (first, start);
+    /// Settles the marks in the pretoken `text[start..end]`, which has the tokens of the numbers `tokens`.
+    fn mark(&mut self, tokens: Range<usize>, text: &[u8], base: usize, start: usize, end: usize) {
+        let (mut token, mut token_start) = (tokens.start, start);
         while self.marker.next() < base + end {
             let place = self.marker.next() - base;
-            while token < self.ids.len() {
+            while token < tokens.end {
                 let token_end = self.parts.end_of(self.ids[token], text, token_start);
                 if place < token_end {
                     break;
                 }
                 (token, token_start) = (token + 1, token_end);
             }
-            self.marker.put(token, place > token_start && token < self.ids.len());
+            self.marker.put(token, place > token_start && token < tokens.end);
         }
     }
 }

@@ -11,7 +11,9 @@
 use super::classes::{
     CJK, ClassTable, Flags, LETTER, LOWER, MARK, NUMBER, PUNCTUATION, SPACE, STOP, SYMBOL, UNCASED, UPPER,
 };
+use super::cuts::Cuts;
 use super::stages::{Stage, StageCuts};
+use super::windows::{Level, Shape};
 
 /// One family's way to cut, its options included.
 pub enum Rules {
@@ -27,25 +29,141 @@ pub enum Rules {
     Stages(Vec<Stage>),
 }
 
-/// Cuts text into pretokens.
-pub struct PreTokenizer {
-    pub rules: Rules,
-    pub table: ClassTable,
+impl Rules {
+    /// How windows of ASCII are cut, if they can be.
+    fn shape(&self) -> Option<Shape> {
+        match self {
+            Self::Cl100k { max_digits, .. } => Some(Shape::Cl100k { max_digits: *max_digits as u32 }),
+            Self::Gpt2 { digits_apart } => Some(Shape::Gpt2 { digits_apart: *digits_apart }),
+            Self::O200k => Some(Shape::O200k),
+            Self::DeepSeek3 => Some(Shape::DeepSeek3),
+            Self::Stages(_) => None,
+        }
+    }
 }
 
-/// Where a text is being cut: empty except for the staged families, which remember the pieces of their outer stages.
-pub type Cursor = StageCuts;
+/// Cuts text into pretokens, and long ones of CJK into pieces.
+pub struct PreTokenizer {
+    rules: Rules,
+    table: ClassTable,
+    shape: Option<Shape>,
+    level: Level,
+    cuts: Cuts,
+}
+
+/// Where a text is being cut.
+#[derive(Default)]
+pub struct Cursor {
+    /// Where the next piece starts.
+    start: usize,
+    /// End of the pretoken that is being cut into pieces, if that is beyond `start`.
+    pretoken_end: usize,
+    stages: StageCuts,
+}
+
+/// Pretokens, or pieces of them, in a row: each starts where the one before ends.
+pub struct Batch {
+    ends: [usize; Self::CAPACITY],
+    len: usize,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { ends: [0; Self::CAPACITY], len: 0 }
+    }
+}
+
+impl Batch {
+    /// A batch is full when a window might not fit any more.
+    const CAPACITY: usize = 128;
+    const FULL: usize = Self::CAPACITY - 64;
+
+    fn push(&mut self, end: usize, is_piece: bool) {
+        self.ends[self.len] = end << 1 | is_piece as usize;
+        self.len += 1;
+    }
+
+    /// The ends, each with whether it is that of a piece, not of a whole pretoken.
+    pub fn ends(&self) -> impl Iterator<Item = (usize, bool)> {
+        self.ends[..self.len].iter().map(|end| (end >> 1, end & 1 == 1))
+    }
+}
+
+impl Cursor {
+    /// Begins a new text.
+    pub fn reset(&mut self) {
+        (self.start, self.pretoken_end) = (0, 0);
+        self.stages.reset();
+    }
+}
+
+/// Shorter pretokens are not cut: two characters of three bytes that no token joins are few tokens anyway.
+const MIN_CUT: usize = 7;
 
 impl PreTokenizer {
+    pub fn new(rules: Rules, table: ClassTable, cuts: Cuts) -> Self {
+        let shape = rules.shape();
+        Self { rules, table, shape, level: Level::detect(), cuts }
+    }
+
+    /// Fills the batch with the next pieces of `text`; it stays empty at the end.
+    pub fn fill(&self, text: &[u8], cursor: &mut Cursor, batch: &mut Batch) {
+        batch.len = 0;
+        let mut start = cursor.start;
+        while batch.len < Batch::FULL && start < text.len() {
+            if start < cursor.pretoken_end {
+                start = self.cuts.next(text, start, cursor.pretoken_end);
+                batch.push(start, true);
+                continue;
+            }
+            if let Some(shape) = self.shape.filter(|_| text[start] < 0x80) {
+                let found = self.window(text, start, shape);
+                let mut rest = found & !1;
+                while rest != 0 {
+                    batch.push(start + rest.trailing_zeros() as usize, false);
+                    rest &= rest - 1;
+                }
+                if found != 1 {
+                    start += 63 - found.leading_zeros() as usize;
+                    continue;
+                }
+            }
+            let end = self.next(text, start, &mut cursor.stages);
+            if end - start >= MIN_CUT && text[end - 1] >= 0x80 {
+                let cut = self.cuts.next(text, start, end);
+                batch.push(cut, cut < end);
+                (start, cursor.pretoken_end) = (cut, end);
+            } else {
+                batch.push(end, false);
+                start = end;
+            }
+        }
+        cursor.start = start;
+    }
+
+    /// The sure starts of pretokens in the window at `start`.
+    #[inline]
+    fn window(&self, text: &[u8], start: usize, shape: Shape) -> u64 {
+        match text.get(start..start + 64) {
+            Some(window) => self.level.starts(window.try_into().expect("the slice has 64 bytes"), 64, shape),
+            None => {
+                let mut window = [0; 64];
+                let rest = &text[start..];
+                window[..rest.len()].copy_from_slice(rest);
+                self.level.starts(&window, rest.len(), shape)
+            }
+        }
+    }
+
     /// The end of the pretoken that starts at `start < text.len()`.
-    pub fn next(&self, text: &[u8], start: usize, cursor: &mut Cursor) -> usize {
+    fn next(&self, text: &[u8], start: usize, stage_cuts: &mut StageCuts) -> usize {
         let scan = Scan { text, table: &self.table, stop: 0, stop_unless: 0 };
         match &self.rules {
             Rules::Cl100k { letters, max_digits } => scan.cl100k(start, *letters, *max_digits),
             Rules::Gpt2 { digits_apart } => scan.gpt2(start, *digits_apart),
             Rules::O200k => scan.o200k(start),
             Rules::DeepSeek3 => scan.deepseek3(start),
-            Rules::Stages(stages) => cursor.next(stages, text, start),
+            Rules::Stages(stages) => stage_cuts.next(stages, text, start),
         }
     }
 }
@@ -312,5 +430,67 @@ impl Scan<'_> {
             return Some(self.newlines(self.run(start + led as usize, signs)));
         }
         (first & SPACE != 0).then(|| self.whitespace(start))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::LazyLock;
+
+    /// Six families at each level, the matchers alone last.
+    static PRETOKENIZERS: LazyLock<Vec<PreTokenizer>> = LazyLock::new(|| {
+        let rules = || {
+            [
+                Rules::Cl100k { letters: LETTER, max_digits: 1 },
+                Rules::Cl100k { letters: LETTER | MARK, max_digits: 3 },
+                Rules::Gpt2 { digits_apart: false },
+                Rules::Gpt2 { digits_apart: true },
+                Rules::O200k,
+                Rules::DeepSeek3,
+            ]
+        };
+        let levels = Level::all().into_iter().map(Some).chain([None]);
+        let of_level = |level: Option<Level>| {
+            rules().into_iter().map(move |rules| {
+                let mut pretokenizer = PreTokenizer::new(rules, ClassTable::new(), Cuts::new([].into_iter()));
+                match level {
+                    Some(level) => pretokenizer.level = level,
+                    None => pretokenizer.shape = None,
+                }
+                pretokenizer
+            })
+        };
+        levels.flat_map(of_level).collect()
+    });
+
+    fn ends(pretokenizer: &PreTokenizer, text: &str) -> Vec<usize> {
+        let (mut cursor, mut batch, mut ends) = (Cursor::default(), Batch::default(), Vec::new());
+        loop {
+            pretokenizer.fill(text.as_bytes(), &mut cursor, &mut batch);
+            if batch.len == 0 {
+                return ends;
+            }
+            ends.extend(batch.ends().map(|end| end.0));
+        }
+    }
+
+    proptest! {
+        /// Windows, made in any way, cut where the matchers cut.
+        #[test]
+        fn windows_equal_matchers(
+            text in "([a-c]{1,3}|[A-Z]{1,2}|[srvltedm]|'[srvltedmSRVLTEDM]{0,3}|[0-9]{1,5}| {1,3}|[\r\n]{1,3}|[\t\x0b\x0c]|[/.(]{1,2}|\x01|\x7f|é|好|ſ| {60,70}|[a-z]{60,80}|[!/]{62}\n){0,60}"
+        ) {
+            let num_families = 6;
+            for family in 0..num_families {
+                let mut same_family = PRETOKENIZERS.iter().skip(family).step_by(num_families);
+                let expected = ends(same_family.next_back().unwrap(), &text);
+                prop_assert_eq!(text.len(), expected.last().copied().unwrap_or(0));
+                for pretokenizer in same_family {
+                    prop_assert_eq!(&expected, &ends(pretokenizer, &text), "{:?} {:?}", pretokenizer.shape, pretokenizer.level);
+                }
+            }
+        }
     }
 }

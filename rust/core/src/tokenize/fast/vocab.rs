@@ -50,6 +50,16 @@ impl Vocab {
         true
     }
 
+    /// All strings.
+    pub fn keys(&self) -> impl Iterator<Item = &[u8]> {
+        let mut start = 0;
+        self.entries.iter().map(move |(end, _)| {
+            let key = &self.bytes[start..*end as usize];
+            start = *end as usize;
+            key
+        })
+    }
+
     pub fn get(&self, key: &[u8]) -> Option<u32> {
         let entry = (self.slots[self.slot(key)] as usize).checked_sub(1)?;
         Some(self.entries[entry].1)
