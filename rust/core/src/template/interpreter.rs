@@ -38,7 +38,23 @@ pub(super) struct Difference<'a> {
     pub rest: Vec<u8>,
 }
 
-impl Sink<'_> {
+impl<'a> Sink<'a> {
+    /// The text that was kept.
+    pub fn into_text(self) -> String {
+        match self {
+            Self::Collect(text) => text,
+            Self::Compare(_) => unreachable!("the run was not asked to keep its text"),
+        }
+    }
+
+    /// The outcome of a comparison.
+    pub fn into_difference(self) -> Difference<'a> {
+        match self {
+            Self::Compare(difference) => difference,
+            Self::Collect(_) => unreachable!("the run was not asked to compare"),
+        }
+    }
+
     fn write(&mut self, text: &str) {
         match self {
             Self::Collect(out) => out.push_str(text),

@@ -31,7 +31,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use self::failure::{Eval, Failure};
-use self::interpreter::{Difference, Interpreter, Output, Sink};
+use self::interpreter::{Difference, Interpreter, Output, Sink, Visit};
 use self::scope::Program;
 use self::spans::{Endings, sentence};
 use self::value::{Items, Value};
@@ -132,9 +132,7 @@ impl ChatTemplate {
         let output = self
             .run(messages.clone(), conversation.tools.as_ref(), false, Sink::Collect(text))
             .map_err(|failure| self.failed(&failure))?;
-        if let Sink::Collect(text) = output.sink {
-            out.text = text;
-        }
+        out.text = output.sink.into_text();
         if self.program.has_generation {
             out.spans.extend(output.generated.into_iter().filter(|span| !span.is_empty()));
             return Ok(());
@@ -148,8 +146,12 @@ impl ChatTemplate {
     /// See [`render`](Self::render).
     pub fn render_prompt(&self, conversation: &Conversation<'_>, add_generation_prompt: bool) -> Result<String> {
         input::check(conversation)?;
-        self.text(input::messages(&conversation.messages), conversation.tools.as_ref(), add_generation_prompt)
-            .map_err(|failure| self.failed(&failure))
+        let messages = input::messages(&conversation.messages);
+        let sink = Sink::Collect(String::new());
+        match self.run(messages, conversation.tools.as_ref(), add_generation_prompt, sink) {
+            Ok(output) => Ok(output.sink.into_text()),
+            Err(failure) => Err(self.failed(&failure)),
+        }
     }
 
     /// The Jinja text.
@@ -192,18 +194,6 @@ impl ChatTemplate {
         interpreter.run()
     }
 
-    fn text<'r>(
-        &'r self,
-        messages: Items<'r>,
-        tools: Option<&'r json::Value<'r>>,
-        add_generation_prompt: bool,
-    ) -> Eval<String> {
-        match self.run(messages, tools, add_generation_prompt, Sink::Collect(String::new()))?.sink {
-            Sink::Collect(text) => Ok(text),
-            Sink::Compare(_) => unreachable!("a run gives back the sink it was given"),
-        }
-    }
-
     fn compare<'r>(
         &'r self,
         messages: Items<'r>,
@@ -212,32 +202,29 @@ impl ChatTemplate {
         text: &'r str,
     ) -> Eval<Difference<'r>> {
         let sink = Sink::Compare(Difference { text, common: 0, rest: Vec::new() });
-        match self.run(messages, tools, add_generation_prompt, sink)?.sink {
-            Sink::Compare(difference) => Ok(difference),
-            Sink::Collect(_) => unreachable!("a run gives back the sink it was given"),
-        }
+        Ok(self.run(messages, tools, add_generation_prompt, sink)?.sink.into_difference())
+    }
+
+    /// The text of `messages` alone, and what a loop over them wrote.
+    fn observe(&self, messages: &[Message<'_>], add_generation_prompt: bool) -> Eval<(String, Vec<Visit>)> {
+        let sink = Sink::Collect(String::new());
+        let output = self.run(input::messages(messages), None, add_generation_prompt, sink)?;
+        Ok((output.sink.into_text(), output.visits))
     }
 
     /// Tries the proof of [`spans`] on a conversation of two turns.
     fn is_prefix_preserving(&self) -> bool {
-        let messages: Vec<Message<'_>> = [
+        let turns = [
             (Role::User, "A question?"),
             (Role::Assistant, "An answer."),
             (Role::User, "Another question?"),
             (Role::Assistant, "Another answer."),
-        ]
-        .into_iter()
-        .map(|(role, content)| Message::new(role, content))
-        .collect();
+        ];
+        let messages = turns.map(|(role, content)| Message::new(role, content)).into();
         let conversation = Conversation { messages, tools: None };
+        let Ok((text, visits)) = self.observe(&conversation.messages, false) else { return false };
         let messages = input::messages(&conversation.messages);
-        let Ok(output) = self.run(messages.clone(), None, false, Sink::Collect(String::new())) else { return false };
-        match output.sink {
-            Sink::Collect(text) => {
-                spans::prove(self, &conversation, &messages, &text, &output.visits, &mut Vec::new()).is_ok()
-            }
-            Sink::Compare(_) => false,
-        }
+        spans::prove(self, &conversation, &messages, &text, &visits, &mut Vec::new()).is_ok()
     }
 
     /// Does what is trained on of a short conversation end with the end of a turn?
@@ -245,14 +232,13 @@ impl ChatTemplate {
         if !self.program.has_generation {
             return self.endings.has_end_of_turn();
         }
-        const ANSWER: &str = "An answer.";
-        let messages = vec![Message::new(Role::User, "A question?"), Message::new(Role::Assistant, ANSWER)];
+        let messages = vec![Message::new(Role::User, "A question?"), Message::new(Role::Assistant, spans::ANSWER)];
         let mut rendered = Rendered::default();
         let is_rendered = self.render(&Conversation { messages, tools: None }, &mut rendered).is_ok();
         is_rendered
             && rendered.spans.last().is_some_and(|span| {
                 let trained = rendered.text[span.clone()].trim_end();
-                trained.contains(ANSWER) && !trained.ends_with(ANSWER)
+                trained.contains(spans::ANSWER) && !trained.ends_with(spans::ANSWER)
             })
     }
 }

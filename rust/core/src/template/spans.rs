@@ -27,7 +27,7 @@ use super::python::trim_end;
 use super::value::Items;
 use crate::conversation::{Conversation, Message, Role};
 use crate::error::{Error, ErrorKind, Result};
-use crate::json::{Data, Value};
+use crate::json::{Data, Member, Value};
 
 /// What a template writes around answers, learned when it is compiled.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -46,25 +46,49 @@ pub(super) struct Tail {
     length: usize,
 }
 
+/// The answer of the conversations that templates are tried on.
+pub(super) const ANSWER: &str = "An answer.";
+
 impl Endings {
-    /// Tries the template on a short conversation. Templates that refuse it have no known endings.
+    /// Tries the template on short conversations, with contents as texts or, where it wants them, as lists of parts. A
+    /// template that refuses both has no known endings.
     pub fn learn(template: &ChatTemplate) -> Self {
-        const ANSWER: &str = "An answer.";
-        let messages = [Message::new(Role::User, "A question?"), Message::new(Role::Assistant, ANSWER)];
-        let text = |length: usize, prompt: bool| template.text(input::messages(&messages[..length]), None, prompt).ok();
-        let prompt = match (text(1, true), text(1, false)) {
-            (Some(with), Some(without)) => with.strip_prefix(&without).map(str::to_owned),
+        let question = Message::new(Role::User, "A question?");
+        let texts = [question.clone(), Message::new(Role::Assistant, ANSWER), question];
+        let parts = texts.each_ref().map(|message| {
+            let text = message.get("content").and_then(Value::as_str).unwrap_or_default();
+            let mut message = Message::new(message.role, "");
+            message.fields[1].value.data = parts(text.to_owned());
+            message
+        });
+        let learned = [&texts, &parts].map(|messages| Self::observe(template, messages));
+        learned.into_iter().find(|endings| !endings.tails.is_empty()).unwrap_or_default()
+    }
+
+    fn observe(template: &ChatTemplate, messages: &[Message<'_>; 3]) -> Self {
+        let text = |length: usize, prompt: bool| template.observe(&messages[..length], prompt).ok();
+        let behind = |text: &str, visit: &Visit| match visit {
+            Visit::Wrote(wrote) => Some(text[wrote.end..].to_owned()),
             _ => None,
         };
+        let prompt = text(1, true).and_then(|(with, visits)| {
+            let without = text(1, false).map(|(text, _)| text)?;
+            with.strip_prefix(&*without).map(str::to_owned).or_else(|| behind(&with, &visits[0]))
+        });
         let tail = |text: &str| {
             let text = &text[text.rfind(ANSWER)? + ANSWER.len()..];
             Some(Tail { text: text.to_owned(), length: trim_end(text).len() })
         };
-        let inner = match (text(2, true), &prompt) {
-            (Some(text), Some(prompt)) => text.strip_suffix(&**prompt).and_then(tail),
+        let by_loop = text(3, false).and_then(|(text, visits)| match &visits[1] {
+            Visit::Wrote(wrote) => tail(&text[..wrote.end]),
+            _ => None,
+        });
+        let by_prompt = match (text(2, true), &prompt) {
+            (Some((text, _)), Some(prompt)) => text.strip_suffix(&**prompt).and_then(tail),
             _ => None,
         };
-        let mut last = text(2, false).as_deref().and_then(tail);
+        let mut last = text(2, false).and_then(|(text, _)| tail(&text));
+        let inner = by_loop.or(by_prompt);
         if let (Some(inner), Some(last)) = (&inner, &mut last)
             && inner.length > 0
             && last.text.starts_with(&inner.text)
@@ -237,17 +261,17 @@ fn other_content<'a>(content: &Value<'a>) -> Data<'a> {
     let other = |text: &str| if text.trim_start().starts_with('Y') { "Z" } else { "Y" };
     match &content.data {
         Data::String(text) => Data::String(Cow::Borrowed(other(text))),
-        Data::Array(_) => {
-            let member = |key: &'static str, text: &'static str| crate::json::Member {
-                key: Cow::Borrowed(key),
-                offset: 0,
-                value: Value::string(text),
-            };
-            let part = Data::Object(vec![member("type", "text"), member("text", "Y")]);
-            Data::Array(vec![Value { offset: 0, data: part }])
-        }
+        Data::Array(_) => parts(other("").to_owned()),
         data => data.clone(),
     }
+}
+
+/// A content of one part.
+fn parts<'a>(text: String) -> Data<'a> {
+    let member =
+        |key: &'static str, text: String| Member { key: Cow::Borrowed(key), offset: 0, value: Value::string(text) };
+    let part = Data::Object(vec![member("type", "text".into()), member("text", text)]);
+    Data::Array(vec![Value { offset: 0, data: part }])
 }
 
 /// What a failure says, for messages.
