@@ -147,6 +147,4 @@ def test_a_head_still_gives_logits() -> None:
 
     assert torch.equal(head(hidden), expected)
     targets = torch.randint(VOCAB_SIZE, (NUM_ROWS,))
-    torch.testing.assert_close(
-        head(hidden, targets), nn.functional.cross_entropy(expected, targets, reduction="sum")
-    )
+    torch.testing.assert_close(head(hidden, targets), nn.functional.cross_entropy(expected, targets, reduction="sum"))

@@ -163,7 +163,7 @@ def test_validation_is_the_mean_over_its_label_tokens(workspace: Workspace) -> N
     [(1, "fp32", 0.0), (1, "bf16", 0.0), (2, "bf16", 0.1), (3, "fp32", 0.1), (3, "bf16", 0.0)],
 )
 def test_resuming_changes_no_bit(tmp_path: Path, stage: int, dtype: str, dropout: float) -> None:
-    """Some steps, stop, resume, as many steps give the losses, norms and weights of all at once, random dropout included."""
+    """Some steps, stop, resume, as many steps: losses, norms and weights of all at once, with random dropout too."""
     workspace = Workspace.create(tmp_path, attention_dropout=dropout)
     config = workspace.config(stage=stage, model={"dtype": dtype}, output_dir=str(tmp_path / "out"))
     num_steps = train_stream(config, dataset_of(config)).num_steps

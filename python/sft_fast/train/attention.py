@@ -187,7 +187,7 @@ def _varlen_kernel(query: torch.Tensor, rule: _Rule, implementation: str) -> _Ke
 def _flash_attention() -> _Kernel | None:
     """FlashAttention-2 where it is installed: the one kernel with dropout and softcap."""
     try:
-        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+        from flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
 

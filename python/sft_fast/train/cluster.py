@@ -249,7 +249,7 @@ class RankActor:
         """Host name, process id, network address, and a port that is free there."""
         from ray.util import get_node_ip_address
 
-        return platform.node(), os.getpid(), get_node_ip_address(), free_port()  # type: ignore[no-untyped-call]
+        return platform.node(), os.getpid(), get_node_ip_address(), free_port()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The answer of a worker's method, or the first `Failure` of this rank: after that nothing is tried again."""

@@ -78,10 +78,10 @@ def write_model(
     weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     if arguments.lora_target:
         model = _merged(weights, arguments, pretrain)
-        weights = model.state_dict()
+        weights = dict(model.state_dict())
     else:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(config)
     for name in model.all_tied_weights_keys:
         weights.pop(name, None)  # it is the same weight under a second name
     model.config.dtype = dtype
@@ -129,9 +129,10 @@ def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it shows every file
-        return get_fp32_state_dict_from_zero_checkpoint(
+        gathered: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint.path), tag=CLUSTER_NAME, exclude_frozen_parameters=bool(checkpoint.state.adapters[0])
         )
+    return gathered
 
 
 def _merged(weights: Mapping[str, torch.Tensor], arguments: ModelArguments, pretrain: str) -> Any:

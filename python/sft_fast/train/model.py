@@ -148,7 +148,7 @@ def load_model(path: str, model_args: Any, *, seed: int = 0) -> nn.Module:
     """
     config = load_config(path, model_args.model_config_kwargs)
     attention.register(model_args.attn_implementation)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(

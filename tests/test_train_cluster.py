@@ -1,0 +1,243 @@
+"""Ranks under Ray: two are one, and the first cause of a failure is what is reported."""
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft_fast import ConfigError, TrainError
+from sft_fast.config import SFTConfig
+from sft_fast.train import cluster as clusters
+from sft_fast.train.checkpoint import TrainState, commit, staging_directory
+from sft_fast.train.cluster import Cluster, Failure, LocalCluster, first_cause, to_error
+from sft_fast.train.pipeline import SFTPipeline
+from sft_fast.train.worker import TrainStepReport
+from tests.train_helpers import Workspace, dataset_of, run_worker, start_worker
+
+NODES = [
+    {"NodeID": "b", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
+    {"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
+    {"NodeID": "c", "NodeManagerAddress": "10.0.0.0", "Alive": False, "Resources": {"CPU": 8.0, "GPU": 4.0}},
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A tiny model and records."""
+    return Workspace.create(tmp_path_factory.mktemp("cluster"))
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[Any]:
+    """Ray, started once for all clusters of this file."""
+    import ray
+
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2, object_store_memory=80 * 2**20)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(ray_session: Any, workspace: Workspace) -> Iterator[Cluster]:
+    """Two processes, which several tests initialise anew."""
+    cluster = Cluster(workspace.config(ranks=2))
+    yield cluster
+    cluster.shutdown()
+
+
+def failure(rank: int, kind: str, message: str, seconds: float, error: Any = None) -> Failure:
+    """What the driver is told of a rank that fails."""
+    return Failure(rank, f"host{rank}", kind, message, "Traceback ...\nlast line", seconds, error)
+
+
+def two_rank_config(workspace: Workspace, **changes: Any) -> SFTConfig:
+    """Two ranks with one micro-batch of two rows each: the global batch of one rank with two."""
+    return workspace.config(ranks=2, micro_batches=1, **changes)
+
+
+def values(reports: list[TrainStepReport]) -> tuple[float, float]:
+    """The loss of a step and its gradient norm, from the reports of all ranks."""
+    assert len({report.grad_norm for report in reports}) == 1
+    return sum(report.loss for report in reports), reports[0].grad_norm
+
+
+def test_the_first_cause_is_no_echo() -> None:
+    """A connection that broke because its other side was gone is never the cause, even if it is seen first."""
+    echo = failure(0, "RuntimeError", "[gloo/transport/tcp/pair.cc] Connection closed by peer", 1.0)
+    cause = failure(1, "ZeroDivisionError", "division by zero", 2.0)
+    died = failure(1, "died", "SIGKILL", 3.0)
+
+    assert first_cause([echo, cause]) is cause
+    assert first_cause([echo, died]) is died
+    assert first_cause([echo]) is echo
+    assert first_cause([cause, failure(2, "ValueError", "x", 1.5)]).rank == 2
+
+
+def test_errors_name_rank_and_host() -> None:
+    """What a rank's own code raised comes with rank, host and the end of its traceback."""
+    error = to_error(failure(3, "KeyError", "'x'", 0.0))
+    assert isinstance(error, TrainError)
+    assert "rank 3 on host3 failed: KeyError: 'x'" in str(error)
+    assert "last line" in str(error)
+
+    ours = to_error(failure(1, "TrainError", "", 0.0, TrainError("not finite", code="not_finite", hint="lower it")))
+    assert (ours.message, ours.code, ours.hint) == ("rank 1 on host1: not finite", "not_finite", "lower it")
+
+
+def test_what_the_user_can_put_right_stays_as_it_is() -> None:
+    """A configuration error in a rank keeps its class, and with it the exit status 2."""
+    error = ConfigError("unknown dtype", location="sft_train.model_args.dtype")
+    assert to_error(failure(0, "ConfigError", "unknown dtype", 0.0, error)) is error
+
+
+def test_devices_are_where_the_mapping_says(workspace: Workspace) -> None:
+    """Device d is GPU d % n of machine d // n: this machine first, dead ones never, ranks in the mapping's order."""
+    config = workspace.config(num_gpus_per_node=4)
+    config.sft_train.device_mapping = [5, 0, 3]
+    places = clusters._places(config, NODES, "b")
+
+    assert [(place.node_id, place.gpu) for place in places] == [("a", 1), ("b", 0), ("b", 3)]
+    assert [place.rank.rank for place in places] == [0, 1, 2]
+    assert [(place.rank.local_rank, place.rank.local_world_size) for place in places] == [(0, 1), (0, 2), (1, 2)]
+    assert {place.rank.device for place in places} == {"cuda"}
+
+
+@pytest.mark.parametrize(
+    ("mapping", "gpus", "message"), [([8], 4, "machine 3"), ([6], 8, "GPU 6 of a machine that has 4")]
+)
+def test_a_device_that_is_not_there_is_refused(
+    workspace: Workspace, mapping: list[int], gpus: int, message: str
+) -> None:
+    """A machine or a GPU that Ray does not have is an error before any process starts."""
+    config = workspace.config(num_gpus_per_node=gpus)
+    config.sft_train.device_mapping = mapping
+    with pytest.raises(ConfigError, match=message) as caught:
+        clusters._places(config, NODES, "b")
+    assert caught.value.location == "sft_train.device_mapping"
+
+
+def test_visible_devices_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the driver may use only some GPUs, device numbers count those."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [clusters.visible_device(gpu) for gpu in (0, 1)] == ["4", "6"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert clusters.visible_device(1) == "1"
+
+
+def test_several_ranks_need_ray(workspace: Workspace) -> None:
+    """The cluster without Ray has one rank and refuses two."""
+    with pytest.raises(ConfigError, match="2 ranks need Ray"):
+        LocalCluster(workspace.config(ranks=2))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("stage", "packed"), [(1, True), (1, False), (2, True), (3, True)])
+def test_two_ranks_are_one(workspace: Workspace, two_ranks: Cluster, stage: int, packed: bool) -> None:
+    """Loss, gradient norm and validation loss of two ranks are those of one with the same global batch."""
+    config = two_rank_config(workspace, stage=stage, packed=packed, validation=True)
+    alone = workspace.config(stage=stage, packed=packed, validation=True)
+    expected = [(report.loss, report.grad_norm) for report in run_worker(alone)]
+    worker = start_worker(alone)
+    before = worker.val_step()
+    worker.close()
+
+    path = dataset_of(config).path
+    two_ranks.initialize(config, path, path)
+    validation = two_ranks.submit("val_step").result()
+    calls = [two_ranks.submit("train_step", step) for step in range(len(expected))]
+    actual = [values(call.result()) for call in calls]
+
+    assert sum(report.num_label_tokens for report in validation) == before.num_label_tokens
+    assert sum(report.loss_sum for report in validation) == pytest.approx(before.loss_sum, rel=1e-5)
+    assert min(report.num_label_tokens for report in validation) > 0, "both ranks validate"
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-5)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_resume_to_the_last_bit(workspace: Workspace, two_ranks: Cluster, tmp_path: Path, stage: int) -> None:
+    """A checkpoint of two ranks continues on two ranks with the very losses and norms of a run that never stopped."""
+    config = two_rank_config(workspace, stage=stage, model={"dtype": "bf16"}, output_dir=str(tmp_path))
+    path = dataset_of(config).path
+
+    def steps(numbers: range) -> list[tuple[float, float]]:
+        return [values(two_ranks.submit("train_step", step).result()) for step in numbers]
+
+    two_ranks.initialize(config, path)
+    straight = steps(range(4))
+    two_ranks.initialize(config, path)
+    first = steps(range(2))
+    staging = staging_directory(config.output_dir, 2)
+    two_ranks.submit("do_checkpoint", str(staging)).result()
+    state = {field.name: None for field in dataclasses.fields(TrainState)} | {"step": 2}
+    saved = commit(staging, TrainState(**state))
+    two_ranks.initialize(config, path, None, str(saved.path))
+
+    assert first + steps(range(2, 4)) == straight
+
+
+@pytest.mark.ray
+def test_a_run_under_ray_is_that_of_one_rank(workspace: Workspace, ray_session: Any, tmp_path: Path) -> None:
+    """The whole pipeline on two ranks writes the metrics of one rank, and ends its processes."""
+    metrics = []
+    for ranks, directory in ((2, tmp_path / "two"), (1, tmp_path / "one")):
+        config = workspace.config(
+            ranks=ranks,
+            micro_batches=2 // ranks,
+            output_dir=str(directory),
+            logging_dir=str(directory),
+            training={"max_steps": 3},
+        )
+        SFTPipeline(config, use_ray=ranks > 1).run()
+        lines = (directory / "sft" / "metrics.jsonl").read_text().splitlines()
+        metrics.append([__import__("json").loads(line) for line in lines])
+
+    for two, one in zip(*metrics, strict=True):
+        for name in ("step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "num_label_tokens"):
+            assert two[name] == pytest.approx(one[name], rel=2e-5)
+    assert ray_session.is_initialized(), "what the pipeline did not start it does not stop"
+
+
+@pytest.mark.ray
+def test_an_error_in_one_rank_ends_the_run(workspace: Workspace, ray_session: Any) -> None:
+    """While the other rank waits for it in a collective, the error of a rank is reported within seconds."""
+    config = two_rank_config(workspace)
+    cluster = Cluster(config)
+    cluster.initialize(config, dataset_of(config).path)
+    waiting, failing = cluster._actors
+    start = time.monotonic()
+    references = [waiting.call.remote("train_step", 0), failing.call.remote("no_such_method")]
+
+    with pytest.raises(TrainError, match=r"rank 1 on .* failed: AttributeError.*no_such_method"):
+        cluster.wait(references)
+
+    assert time.monotonic() - start < clusters.GRACE_SECONDS
+    with pytest.raises(ray_session.exceptions.RayActorError):
+        ray_session.get(waiting.locate.remote(), timeout=30)
+
+
+@pytest.mark.ray
+def test_a_killed_rank_is_the_first_cause(workspace: Workspace, ray_session: Any) -> None:
+    """A rank that is killed in the middle of training is named, not the broken connection that others report."""
+    config = two_rank_config(workspace, training={"max_steps": 100_000})
+    cluster = Cluster(config)
+    cluster.initialize(config, dataset_of(config).path)
+    cluster.submit("train_step", 0).result()
+    calls = [cluster.submit("train_step", step) for step in range(1, 2000)]
+    calls[10].result()
+    os.kill(cluster._pids[1], signal.SIGKILL)
+    start = time.monotonic()
+
+    def wait_for_all() -> None:
+        for call in calls:
+            call.result()
+
+    with pytest.raises(TrainError, match=r"rank 1 on .* died"):
+        wait_for_all()
+    assert time.monotonic() - start < 3 * clusters.GRACE_SECONDS
