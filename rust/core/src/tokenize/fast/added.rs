@@ -22,6 +22,8 @@ pub struct AddedTokens {
     /// A byte trie over the contents; node 0 is the root.
     nodes: Vec<Node>,
     first_bytes: Vec<u8>,
+    /// A bit for each two bytes, the first high, that a token may start with.
+    first_two: Box<[u64]>,
 }
 
 #[derive(Default)]
@@ -59,7 +61,15 @@ impl AddedTokens {
             nodes[node].token = Some(number as u32);
         }
         let first_bytes = nodes[0].edges.iter().map(|edge| edge.0).collect();
-        Self { tokens, nodes, first_bytes }
+        let mut first_two = vec![0; 1 << 10].into_boxed_slice();
+        for token in &tokens {
+            match *token.content.as_bytes() {
+                [first, second, ..] => first_two[(first as usize) << 2 | second as usize >> 6] |= 1 << (second & 63),
+                [first] => first_two[(first as usize) << 2..][..4].fill(u64::MAX),
+                [] => {}
+            }
+        }
+        Self { tokens, nodes, first_bytes, first_two }
     }
 
     /// Calls `take` with each piece of `text`, in order; together they make up `text` and none is empty.
@@ -97,6 +107,12 @@ impl AddedTokens {
     fn find(&self, text: &[u8], mut i: usize, plain: &[Range<usize>]) -> Option<(Range<usize>, &AddedToken)> {
         loop {
             i += self.find_first_byte(&text[i..])?;
+            if let [first, second, ..] = text[i..]
+                && self.first_two[(first as usize) << 2 | second as usize >> 6] >> (second & 63) & 1 == 0
+            {
+                i += 1;
+                continue;
+            }
             let next_plain = plain.iter().find(|range| range.end > i);
             if let Some(range) = next_plain.filter(|range| range.start <= i) {
                 i = range.end.min(text.len());

@@ -5,7 +5,8 @@
 //!
 //! Pretokens are short, so their symbols live in two small arrays, ids and the rank of each pair, and the lowest rank is found by
 //! looking at all of them. Long pretokens (runs of letters without a space, minified code) take a heap, so that time stays
-//! n log n. Ranks come from an open-addressing table of eight bytes an entry, those of two single bytes from a dense table.
+//! n log n. Ranks come from an open-addressing table of eight bytes an entry, those of two single bytes from a dense table. Most
+//! pairs have no merge: a bit filter small enough for the second-level cache answers for nearly all of these.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -19,7 +20,8 @@ const ID_BITS: u32 = 21;
 const RANK_BITS: u32 = 22;
 const EMPTY: u64 = u64::MAX;
 /// Up to this many bytes the arrays are used, beyond it the heap.
-const SHORT: usize = 48;
+const SHORT: usize = 1 << PLACE_BITS;
+const PLACE_BITS: u32 = 6;
 
 /// The merges of a model.
 pub struct Merges {
@@ -29,6 +31,9 @@ pub struct Merges {
     /// `left << 43 | right << 22 | rank`.
     slots: Box<[u64]>,
     shift: u32,
+    /// Bits, by hash, of the pairs that have a merge.
+    filter: Box<[u64]>,
+    filter_shift: u32,
     id_of_rank: Box<[u32]>,
     leaves_out: bool,
 }
@@ -60,23 +65,29 @@ impl Merges {
                 merges.len()
             ));
         }
-        let num_slots = (merges.len() * 2).next_power_of_two().max(2);
-        let shift = 64 - num_slots.trailing_zeros();
+        let num_slots = (merges.len() * 3 / 2).next_power_of_two().max(2);
+        let num_filter_bits = (merges.len() * 4).next_power_of_two().max(64);
         let mut table = Self {
             id_of_byte,
             byte_pairs: Box::default(),
             slots: vec![EMPTY; num_slots].into(),
-            shift,
+            shift: 64 - num_slots.trailing_zeros(),
+            filter: vec![0; num_filter_bits / 64].into(),
+            filter_shift: 64 - num_filter_bits.trailing_zeros(),
             id_of_rank: merges.iter().map(|merge| merge.2).collect(),
             leaves_out: (0..=255).any(|byte| can_occur(byte) && id_of_byte[byte as usize] == LEFT_OUT),
         };
         for (rank, (left, right, _)) in merges.iter().enumerate() {
+            let pair = pair(*left, *right);
+            let hash = hash(pair);
+            let bit = hash >> table.filter_shift;
+            table.filter[bit as usize / 64] |= 1 << (bit % 64);
+            let mut slot = (hash >> table.shift) as usize;
             // A pair listed twice has its last rank, as in the hash map that the reference fills.
-            let mut slot = table.slot(*left, *right);
-            while table.slots[slot] != EMPTY && table.slots[slot] >> RANK_BITS != pair(*left, *right) {
+            while table.slots[slot] != EMPTY && table.slots[slot] >> RANK_BITS != pair {
                 slot = (slot + 1) & (num_slots - 1);
             }
-            table.slots[slot] = pair(*left, *right) << RANK_BITS | rank as u64;
+            table.slots[slot] = pair << RANK_BITS | rank as u64;
         }
         let pair_of = |at: usize| (id_of_byte[at >> 8], id_of_byte[at & 255]);
         let byte_pairs =
@@ -85,18 +96,19 @@ impl Merges {
         Ok(table)
     }
 
-    fn slot(&self, left: u32, right: u32) -> usize {
-        (hash(left, right) >> self.shift) as usize
-    }
-
     /// The rank of the merge of two tokens, or `NONE`.
     #[inline]
     fn rank(&self, left: u32, right: u32) -> u32 {
-        let key = pair(left, right);
-        let mut slot = self.slot(left, right);
+        let pair = pair(left, right);
+        let hash = hash(pair);
+        let bit = hash >> self.filter_shift;
+        if self.filter[bit as usize / 64] >> (bit % 64) & 1 == 0 {
+            return NONE;
+        }
+        let mut slot = (hash >> self.shift) as usize;
         loop {
             let entry = self.slots[slot];
-            if entry >> RANK_BITS == key {
+            if entry >> RANK_BITS == pair {
                 return entry as u32 & ((1 << RANK_BITS) - 1);
             }
             if entry == EMPTY {
@@ -137,34 +149,51 @@ impl Merges {
         match pretoken {
             [] => {}
             [byte] => out.push(self.id_of_byte[*byte as usize]),
-            _ if pretoken.len() <= SHORT => self.encode_short(pretoken, out),
+            _ if pretoken.len() <= 16 => self.encode_short::<16>(pretoken, out),
+            _ if pretoken.len() <= SHORT => self.encode_short::<SHORT>(pretoken, out),
             _ => self.encode_long(pretoken, work, out),
         }
     }
 
-    fn encode_short(&self, pretoken: &[u8], out: &mut Vec<u32>) {
-        let mut ids = [0; SHORT];
-        let mut ranks = [NONE; SHORT];
-        let mut num = pretoken.len();
-        for (i, byte) in pretoken.iter().enumerate() {
-            ids[i] = self.id_of_byte[*byte as usize];
+    /// At most `N` (64 or less) bytes. A symbol stands at the place of its first byte; `alive` has a bit for each.
+    fn encode_short<const N: usize>(&self, pretoken: &[u8], out: &mut Vec<u32>) {
+        let num = pretoken.len();
+        let mut ids = [0; N];
+        // For the pair of each symbol and the next: rank and place in one number.
+        let mut keys = [NONE; N];
+        let mut alive = u64::MAX >> (64 - num);
+        for (id, byte) in ids.iter_mut().zip(pretoken) {
+            *id = self.id_of_byte[*byte as usize];
         }
         for (i, two) in pretoken.windows(2).enumerate() {
-            ranks[i] = self.byte_pair_rank(two[0], two[1]);
+            keys[i] = key(self.byte_pair_rank(two[0], two[1]), i);
         }
-        while let Some((i, rank)) = lowest(&ranks[..num - 1]) {
-            ids[i] = self.id_of_rank[rank as usize];
-            ids.copy_within(i + 2..num, i + 1);
-            ranks.copy_within(i + 1..num - 1, i);
-            num -= 1;
-            if i > 0 {
-                ranks[i - 1] = self.rank(ids[i - 1], ids[i]);
+        loop {
+            let lowest = keys[..num - 1].iter().copied().fold(NONE, u32::min);
+            if lowest == NONE {
+                break;
             }
-            if i + 1 < num {
-                ranks[i] = self.rank(ids[i], ids[i + 1]);
+            let i = lowest as usize % N;
+            let right = i + 1 + (alive >> (i + 1)).trailing_zeros() as usize;
+            ids[i] = self.id_of_rank[(lowest >> PLACE_BITS) as usize];
+            keys[i] = NONE;
+            keys[right] = NONE;
+            alive &= !(1 << right);
+            let after = alive >> right;
+            if after != 0 {
+                let next = right + after.trailing_zeros() as usize;
+                keys[i] = key(self.rank(ids[i], ids[next]), i);
+            }
+            let before = alive & ((1 << i) - 1);
+            if before != 0 {
+                let previous = 63 - before.leading_zeros() as usize;
+                keys[previous] = key(self.rank(ids[previous], ids[i]), previous);
             }
         }
-        out.extend_from_slice(&ids[..num]);
+        while alive != 0 {
+            out.push(ids[alive.trailing_zeros() as usize]);
+            alive &= alive - 1;
+        }
     }
 
     fn encode_long(&self, pretoken: &[u8], work: &mut Workspace, out: &mut Vec<u32>) {
@@ -209,10 +238,9 @@ impl Merges {
     }
 }
 
-/// The first of the lowest ranks, and where it is.
-fn lowest(ranks: &[u32]) -> Option<(usize, u32)> {
-    let (i, rank) = ranks.iter().enumerate().min_by_key(|(_, rank)| **rank)?;
-    (*rank != NONE).then_some((i, *rank))
+/// Orders pairs by rank, then by place.
+fn key(rank: u32, place: usize) -> u32 {
+    if rank == NONE { NONE } else { rank << PLACE_BITS | place as u32 }
 }
 
 /// Whether UTF-8 has the byte.
@@ -224,6 +252,6 @@ fn pair(left: u32, right: u32) -> u64 {
     (left as u64) << ID_BITS | right as u64
 }
 
-fn hash(left: u32, right: u32) -> u64 {
-    pair(left, right).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+fn hash(pair: u64) -> u64 {
+    pair.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }

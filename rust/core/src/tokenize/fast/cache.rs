@@ -22,6 +22,18 @@ const LEN_SHIFT: u32 = 56;
 const NUM_SHIFT: u32 = 60;
 const PIECE_SHIFT: u32 = 63;
 
+/// Masks of the first so many bytes of two words.
+const FIRST_BYTES: [[u64; 2]; 16] = {
+    let mut masks = [[0; 2]; 16];
+    let mut len = 1;
+    while len < 16 {
+        let mask = u128::MAX >> (8 * (16 - len));
+        masks[len] = [mask as u64, (mask >> 64) as u64];
+        len += 1;
+    }
+    masks
+};
+
 /// Two words of key, two of ids.
 type Entry = [u64; 4];
 type Line = [Entry; 2];
@@ -76,9 +88,9 @@ impl Key {
                 u128::from_le_bytes(padded)
             }
         };
-        let kept = bytes & (u128::MAX >> (8 * (16 - len)));
+        let [low, high] = FIRST_BYTES[len];
         let top = (len as u64) << LEN_SHIFT | (is_piece as u64) << PIECE_SHIFT;
-        Self([kept as u64, (kept >> 64) as u64 | top])
+        Self([bytes as u64 & low, (bytes >> 64) as u64 & high | top])
     }
 
     fn is_long(self) -> bool {

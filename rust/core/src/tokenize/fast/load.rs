@@ -12,11 +12,11 @@ use super::normalize::Nfc;
 use super::pretokenize::{PreTokenizer, Rules};
 use super::stages::Stage;
 use super::vocab::Vocab;
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 /// Why the fast engine does not take a tokenizer.
@@ -77,6 +77,7 @@ struct JsonAddedToken {
     normalized: bool,
 }
 
+/// Of a model of any type, only that.
 #[derive(Deserialize)]
 struct ModelKind<'a> {
     #[serde(default, rename = "type", borrow)]
@@ -86,8 +87,8 @@ struct ModelKind<'a> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Bpe<'a> {
-    #[serde(default, rename = "type")]
-    _kind: serde::de::IgnoredAny,
+    #[serde(default, rename = "type", borrow)]
+    kind: Option<Cow<'a, str>>,
     #[serde(default)]
     dropout: Option<f32>,
     #[serde(default)]
@@ -123,11 +124,19 @@ pub fn load(json: &[u8]) -> Result<Parts> {
     let (rules, table) = pretokenizer(&file.pre_tokenizer)?;
     post_processor(&file.post_processor, "post_processor")?;
 
-    let kind: ModelKind = serde_json::from_str(file.model.get()).or_else(|error| refuse(format!("model: {error}")))?;
-    if kind.kind.as_deref() != Some("BPE") {
-        return refuse(format!("model.type = {}", kind.kind.as_deref().unwrap_or("null")));
+    let model: Bpe = match serde_json::from_str(file.model.get()) {
+        Ok(model) => model,
+        Err(error) => {
+            // A model of another type does not read as BPE: then its type is the reason.
+            let other = serde_json::from_str(file.model.get()).ok().and_then(|ModelKind { kind }| kind);
+            let other = other.filter(|kind| kind != "BPE");
+            return refuse(other.map_or_else(|| format!("model: {error}"), |kind| format!("model.type = {kind}")));
+        }
+    };
+    // Old files name no type; what has merges is BPE.
+    if let Some(kind) = model.kind.as_deref().filter(|kind| *kind != "BPE") {
+        return refuse(format!("model.type = {kind}"));
     }
-    let model: Bpe = serde_json::from_str(file.model.get()).or_else(|error| refuse(format!("model: {error}")))?;
     if model.dropout.is_some_and(|dropout| dropout != 0.0) {
         return refuse("model.dropout");
     }
@@ -334,16 +343,13 @@ fn stages(all: &[Step]) -> Result<Vec<Stage>> {
     if stages.is_empty() { refuse("pre_tokenizer: nothing splits the text") } else { Ok(stages) }
 }
 
-/// The GPT-2 alphabet: each byte as a printable character.
-pub struct Alphabet([char; 256]);
+/// The GPT-2 alphabet: each byte as a printable character. Bytes that are none stand in order from U+0100 on.
+pub struct Alphabet([u8; 68]);
 
 impl Alphabet {
     pub fn new() -> Self {
-        let mut next = '\u{100}'..;
-        Self(std::array::from_fn(|byte| match byte as u8 {
-            b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => byte as u8 as char,
-            _ => next.next().expect("the range has no end"),
-        }))
+        let mut others = (0..=255).filter(|byte| !matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff));
+        Self(std::array::from_fn(|_| others.next().expect("68 bytes are no printable characters")))
     }
 
     /// The bytes that `token` stands for; `None` if a character is not of the alphabet.
@@ -351,7 +357,7 @@ impl Alphabet {
         for c in token.chars() {
             out.push(match c {
                 '!'..='~' | '\u{a1}'..='\u{ac}' | '\u{ae}'..='\u{ff}' => c as u8,
-                '\u{100}'..='\u{143}' => self.0.iter().position(|known| *known == c)? as u8,
+                '\u{100}'..='\u{143}' => self.0[c as usize - 0x100],
                 _ => return None,
             });
         }

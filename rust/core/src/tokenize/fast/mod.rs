@@ -52,11 +52,12 @@ pub struct Scratch {
 struct Work {
     cursor: pretokenize::Cursor,
     batch: pretokenize::Batch,
-    lookups: Vec<Lookup>,
+    lookups: Box<[Lookup]>,
     merging: bpe::Workspace,
 }
 
 /// A pretoken (or piece of one) to be looked up.
+#[derive(Clone, Copy, Default)]
 struct Lookup {
     key: Key,
     line: usize,
@@ -90,7 +91,12 @@ impl Default for Scratch {
 impl Scratch {
     /// A scratch whose cache takes about this many bytes, once it is used.
     pub fn with_cache_bytes(cache_bytes: usize) -> Self {
-        Self { cache_bytes, owner: 0, cache: None, work: Work::default() }
+        Self {
+            cache_bytes,
+            owner: 0,
+            cache: None,
+            work: Work { lookups: vec![Lookup::default(); pretokenize::Batch::CAPACITY].into(), ..Work::default() },
+        }
     }
 }
 
@@ -301,23 +307,24 @@ impl Run<'_> {
         // Two rounds, so that the lines of the cache are on their way while keys are still being made.
         let ignore_merges = self.parts.ignore_merges;
         let Work { batch, lookups, .. } = &mut *self.work;
-        lookups.clear();
         let mut start = batch_start;
-        lookups.extend(batch.ends().map(|(end, is_piece)| {
+        let mut num_lookups = 0;
+        for ((end, is_piece), lookup) in batch.ends().zip(lookups.iter_mut()) {
             let is_piece = is_piece && ignore_merges;
             let key = Key::new(text, start, end, is_piece);
             let line = self.cache.line_of(key);
             self.cache.prefetch(line);
+            *lookup = Lookup { key, line, end, is_piece };
             start = end;
-            Lookup { key, line, end, is_piece }
-        }));
-        let lookups = std::mem::take(lookups);
+            num_lookups += 1;
+        }
         let mut start = batch_start;
         // Room for what the entries of the cache give, so that all their ids can be stored at once, wanted or not.
         let mut num = self.ids.len();
-        self.ids.resize(num + lookups.len() * MAX_IDS, 0);
-        for (i, lookup) in lookups.iter().enumerate() {
+        self.ids.resize(num + num_lookups * MAX_IDS, 0);
+        for i in 0..num_lookups {
             let first = num;
+            let lookup = self.work.lookups[i];
             match self.cache.get(lookup.key, lookup.line) {
                 Found::Ids(ids, num_ids) => {
                     self.ids[num..num + MAX_IDS].copy_from_slice(&ids);
@@ -325,9 +332,9 @@ impl Run<'_> {
                 }
                 found => {
                     self.ids.truncate(num);
-                    self.pretoken(lookup, found, &text[start..lookup.end]);
+                    self.pretoken(&lookup, found, &text[start..lookup.end]);
                     num = self.ids.len();
-                    self.ids.resize(num + (lookups.len() - 1 - i) * MAX_IDS, 0);
+                    self.ids.resize(num + (num_lookups - 1 - i) * MAX_IDS, 0);
                 }
             }
             if self.marker.next() < base + lookup.end {
@@ -336,7 +343,6 @@ impl Run<'_> {
             start = lookup.end;
         }
         self.ids.truncate(num);
-        self.work.lookups = lookups;
         start
     }
 

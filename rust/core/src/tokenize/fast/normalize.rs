@@ -28,7 +28,7 @@ const HANGUL_FOLLOWERS: [Range<u32>; 2] = [0x1161..0x1176, 0x11a8..0x11c3];
 /// Normalises to NFC.
 pub struct Nfc {
     unsettled: Box<[u64]>,
-    /// Leading bytes of which every code point is settled.
+    /// Bytes that do not lead an unsettled code point; continuation bytes are among them.
     settled_lead: [bool; 256],
 }
 
@@ -79,21 +79,22 @@ impl Nfc {
     /// The place of the first unsettled code point at or after `i`.
     fn find_unsettled(&self, text: &[u8], mut i: usize) -> Option<usize> {
         while i < text.len() {
-            let word =
-                text.get(i..i + 8).map_or(u64::MAX, |word| u64::from_le_bytes(word.try_into().expect("8 bytes")));
-            if word & 0x8080_8080_8080_8080 == 0 {
-                i += 8;
+            let end = text.len().min(i + 32);
+            if text[i..end].is_ascii() {
+                i = end;
                 continue;
             }
-            if text[i] < 0xc0 || self.settled_lead[text[i] as usize] {
-                i += 1;
-                continue;
+            while i < end {
+                if self.settled_lead[text[i] as usize] {
+                    i += 1;
+                    continue;
+                }
+                let (code_point, width) = decode(text, i);
+                if !self.is_settled(code_point) {
+                    return Some(i);
+                }
+                i += width;
             }
-            let (code_point, width) = decode(text, i);
-            if !self.is_settled(code_point) {
-                return Some(i);
-            }
-            i += width;
         }
         None
     }

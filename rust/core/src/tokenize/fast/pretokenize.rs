@@ -75,7 +75,7 @@ impl Default for Batch {
 
 impl Batch {
     /// A batch is full when a window might not fit any more.
-    const CAPACITY: usize = 128;
+    pub const CAPACITY: usize = 128;
     const FULL: usize = Self::CAPACITY - 64;
 
     fn push(&mut self, end: usize, is_piece: bool) {

@@ -456,6 +456,9 @@ fn refusals_name_the_part() {
     let (_, gpt2) = families().remove(0);
     let good: Value = serde_json::from_str(&tokenizer_json(&gpt2, VARIANTS[0])).unwrap();
     assert!(FastTokenizer::from_json(good.to_string().as_bytes()).is_ok());
+    let mut old = good.clone();
+    old["model"].as_object_mut().unwrap().remove("type");
+    assert!(FastTokenizer::from_json(old.to_string().as_bytes()).is_ok(), "files without a type of model are BPE");
     let cases = [
         ("/normalizer", json!({"type": "NFKC"}), "normalizer.type = NFKC"),
         (
