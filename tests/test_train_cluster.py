@@ -1,6 +1,7 @@
 """Ranks under Ray: two are one, and the first cause of a failure is what is reported."""
 
 import dataclasses
+import json
 import os
 import signal
 import time
@@ -196,7 +197,7 @@ def test_a_run_under_ray_is_that_of_one_rank(workspace: Workspace, ray_session: 
         )
         SFTPipeline(config, use_ray=ranks > 1).run()
         lines = (directory / "sft" / "metrics.jsonl").read_text().splitlines()
-        metrics.append([__import__("json").loads(line) for line in lines])
+        metrics.append([json.loads(line) for line in lines])
 
     for two, one in zip(*metrics, strict=True):
         for name in ("step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "num_label_tokens"):

@@ -144,6 +144,9 @@ class Cluster:
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # Ray gives its workers way to everything else on the machine, which is not what a rank is for: beside any
+            # other busy process it would hardly run.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             # Only step numbers and reports travel through Ray: the smallest object store will do.
             num_bytes = None if os.environ.get("RAY_ADDRESS") else 80 * 2**20
             ray.init(
@@ -244,12 +247,13 @@ class RankActor:
         self._rank = rank
         self._worker: Any = None
         self._failure: Failure | None = None
+        self._held_port = _hold_port()
 
     def locate(self) -> tuple[str, int, str, int]:
-        """Host name, process id, network address, and a port that is free there."""
+        """Host name, process id, network address, and a port of it that stays free for torch to listen on."""
         from ray.util import get_node_ip_address
 
-        return platform.node(), os.getpid(), get_node_ip_address(), free_port()
+        return platform.node(), os.getpid(), get_node_ip_address(), int(self._held_port.getsockname()[1])
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The answer of a worker's method, or the first `Failure` of this rank: after that nothing is tried again."""
@@ -397,10 +401,20 @@ def num_cores() -> int:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as connection:
-        connection.bind(("", 0))
-        return int(connection.getsockname()[1])
+    """A port of this machine that nobody listens on, for use at once."""
+    with _hold_port() as held:
+        return int(held.getsockname()[1])
+
+
+def _hold_port() -> socket.socket:
+    """A port that is given to nobody else while the socket is open, but that this machine may still listen on.
+
+    Between the choice of a port and its use lies the import of torch: time enough for another process to be given it.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    return held
 
 
 def _last_output(pid: int) -> str:
