@@ -3,6 +3,7 @@
 mod sharegpt;
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::json::{self, Data, Member, Value};
@@ -249,25 +250,33 @@ impl<'a> Message<'a> {
 }
 
 fn refuse_repeated_keys(members: &[Member<'_>], place: &str) -> Result<()> {
-    for (index, member) in members.iter().enumerate() {
-        if members[..index].iter().any(|earlier| earlier.key == member.key) {
-            return Err(Error::new(
-                ErrorKind::DuplicateKey,
-                format!("expected each key once, found '{}' twice", member.key),
-            )
-            .at_offset(member.offset)
-            .at_location(format!("{place}{}", member.key)));
+    let repeated = if members.len() <= 16 {
+        let is_repeated = |&index: &usize| members[..index].iter().any(|earlier| earlier.key == members[index].key);
+        (0..members.len()).find(is_repeated).map(|index| &members[index])
+    } else {
+        // Comparing all with all would take hours for an object of a million keys.
+        let mut seen = HashSet::with_capacity(members.len());
+        members.iter().find(|member| !seen.insert(&member.key))
+    };
+    match repeated {
+        None => Ok(()),
+        Some(member) => {
+            let message = format!("expected each key once, found '{}' twice", member.key);
+            Err(Error::new(ErrorKind::DuplicateKey, message)
+                .at_offset(member.offset)
+                .at_location(format!("{place}{}", member.key)))
         }
     }
-    Ok(())
 }
 
-fn take<'a>(members: &mut Vec<Member<'a>>, key: &str) -> Option<Value<'a>> {
-    let index = members.iter().position(|member| member.key == key)?;
-    Some(members.swap_remove(index).value)
+/// Moves the value of `key` out; the key stays, so that messages can name all that were found.
+fn take<'a>(members: &mut [Member<'a>], key: &str) -> Option<Value<'a>> {
+    let member = members.iter_mut().find(|member| member.key == key)?;
+    let offset = member.value.offset;
+    Some(std::mem::replace(&mut member.value, Value { offset, data: Data::Null }))
 }
 
-fn optional_text<'a>(members: &mut Vec<Member<'a>>, key: &str) -> Result<Option<Cow<'a, str>>> {
+fn optional_text<'a>(members: &mut [Member<'a>], key: &str) -> Result<Option<Cow<'a, str>>> {
     match take(members, key) {
         None | Some(Value { data: Data::Null, .. }) => Ok(None),
         Some(Value { data: Data::String(text), .. }) => Ok((!text.is_empty()).then_some(text)),
@@ -276,7 +285,7 @@ fn optional_text<'a>(members: &mut Vec<Member<'a>>, key: &str) -> Result<Option<
 }
 
 fn required_text<'a>(
-    members: &mut Vec<Member<'a>>,
+    members: &mut [Member<'a>],
     key: &str,
     option: &str,
     record_offset: usize,
@@ -363,6 +372,29 @@ mod tests {
         assert_eq!(4, conversation.messages.len());
         assert_eq!(Some("n"), conversation.messages[0].get("name").and_then(Value::as_str));
         assert!(conversation.tools.is_some());
+    }
+
+    // A missing key is told with all the keys that are there, in their order.
+    #[test]
+    fn missing_keys_are_told_with_the_others() {
+        let message = |text: &str| read(text).unwrap_err().message().to_owned();
+        assert_eq!(
+            "expected the key 'output', found 'system', 'instruction', 'input', 'answer'",
+            message(r#"{"system":"s","instruction":"p","input":"q","answer":"a"}"#)
+        );
+        assert_eq!("expected the key 'instruction', found no keys", message("{}"));
+    }
+
+    // A key is found to be repeated however many keys there are.
+    #[test]
+    fn repeated_keys_are_found_among_many() {
+        for num_keys in [1, 15, 16, 17, 100_000] {
+            let keys: Vec<_> = (0..num_keys).map(|number| format!("\"{number}\":0")).collect();
+            let record = |more: &str| format!(r#"{{"instruction":"p",{},{more}}}"#, keys.join(","));
+            assert!(read(&record(r#""output":"a""#)).is_ok());
+            let error = read(&record(r#""0":1,"output":"a""#)).map(|_| ()).unwrap_err();
+            assert_eq!((ErrorKind::DuplicateKey, Some("0")), (error.kind(), error.location()));
+        }
     }
 
     // Every bad record is refused by name, at the byte of the offending value, with its place in the record.

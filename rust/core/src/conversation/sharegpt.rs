@@ -63,12 +63,7 @@ fn read_message<'a>(value: Value<'a>, place: &str) -> Result<Message<'a>> {
     }
 }
 
-fn take_text<'a>(
-    members: &mut Vec<Member<'a>>,
-    key: &str,
-    offset: usize,
-    place: &str,
-) -> Result<(Cow<'a, str>, usize)> {
+fn take_text<'a>(members: &mut [Member<'a>], key: &str, offset: usize, place: &str) -> Result<(Cow<'a, str>, usize)> {
     match super::take(members, key) {
         Some(Value { data: Data::String(text), offset }) => Ok((text, offset)),
         Some(value) => Err(wrong_type("a string", value.type_name(), value.offset, &format!("{place}.{key}"))),
