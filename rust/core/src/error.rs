@@ -72,6 +72,9 @@ pub enum ErrorClass {
 }
 
 impl ErrorKind {
+    /// Why records are left out by a policy, though nothing is wrong with them.
+    pub const LEFT_OUT: [Self; 2] = [Self::TooLong, Self::NoLabelTokens];
+
     /// The stable name of the kind, as written to `rejected.jsonl` and counted in the manifest.
     pub fn code(self) -> &'static str {
         match self {
@@ -93,9 +96,9 @@ impl ErrorKind {
             Self::NoRecords => "no_records",
             Self::Template => "template",
             Self::Tokenizer => "tokenizer",
-            Self::Argument => "argument",
+            Self::Argument => "config",
             Self::Dataset => "dataset",
-            Self::Io => "io",
+            Self::Io => "file",
             Self::Interrupted => "interrupted",
         }
     }
@@ -128,11 +131,18 @@ impl Position {
     ///
     /// A byte that does not begin a UTF-8 character belongs to the column of the character before it.
     pub fn find(bytes: &[u8], offset: usize) -> Self {
-        let before = &bytes[..offset.min(bytes.len())];
-        let line_start = memchr::memrchr(b'\n', before).map_or(0, |newline| newline + 1);
-        Self {
-            line: 1 + memchr::memchr_iter(b'\n', before).count() as u64,
-            column: 1 + before[line_start..].iter().filter(|&&byte| byte & 0xC0 != 0x80).count() as u64,
+        Self { line: 1, column: 1 }.after(&bytes[..offset.min(bytes.len())])
+    }
+
+    /// The place of the byte behind `bytes`, the first of which is here.
+    pub fn after(self, bytes: &[u8]) -> Self {
+        let num_characters = |bytes: &[u8]| bytes.iter().filter(|&&byte| byte & 0xC0 != 0x80).count() as u64;
+        match memchr::memrchr(b'\n', bytes) {
+            None => Self { line: self.line, column: self.column + num_characters(bytes) },
+            Some(newline) => Self {
+                line: self.line + memchr::memchr_iter(b'\n', bytes).count() as u64,
+                column: 1 + num_characters(&bytes[newline + 1..]),
+            },
         }
     }
 }
@@ -277,6 +287,9 @@ mod tests {
         assert_eq!(Position { line: 1, column: 2 }, Position::find(bytes, 2));
         assert_eq!(Position { line: 2, column: 6 }, Position::find(bytes, bytes.len() - 1));
         assert_eq!(Position { line: 2, column: 7 }, Position::find(bytes, 1000));
+        for cut in 0..bytes.len() {
+            assert_eq!(Position::find(bytes, 1000), Position::find(bytes, cut).after(&bytes[cut..]));
+        }
     }
 
     // An error prints as path:line:column, the sentence, the place in the value and the hint.

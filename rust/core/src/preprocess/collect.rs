@@ -115,7 +115,7 @@ impl<'a> Collector<'a> {
             let (sample_ids, sample_runs);
             (sample_ids, ids) = ids.split_at(sample.num_tokens as usize);
             (sample_runs, runs) = runs.split_at(sample.num_runs as usize);
-            let line = u32::try_from(self.num_newlines + sample.line + 1).map_err(|_| {
+            let line = u32::try_from(self.num_newlines + sample.line).map_err(|_| {
                 Error::new(ErrorKind::Argument, "expected files of at most 4,294,967,295 lines, found a longer one")
                     .with_path(Path::new(&self.counts.files[batch.file as usize].path))
                     .with_hint("split the file")
@@ -145,7 +145,7 @@ impl<'a> Collector<'a> {
         self.counts.num_rejected += 1;
         *self.counts.rejected_by_reason.entry(code.into()).or_default() += 1;
         let line = serde_json::json!({
-            "path": error.path(),
+            "path": error.path().map(|path| path.display().to_string()),
             "line": error.position().map(|position| position.line),
             "column": error.position().map(|position| position.column),
             "reason": code,

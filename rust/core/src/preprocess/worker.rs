@@ -37,11 +37,13 @@ pub struct Batch {
 pub struct BatchSample {
     pub num_tokens: u32,
     pub num_runs: u32,
+    /// From 1.
     pub line: u64,
 }
 
 /// Takes chunks until there are no more, or the gate is closed, or something is wrong.
 pub fn work(options: &Options, model: &Model, source: &Source, gate: &Gate, sender: &Sender<Result<Batch>>) {
+    let _guard = gate.close_on_panic();
     let mut sampler = Sampler::new(model);
     let mut chunk = Chunk::default();
     while gate.enter() {
@@ -72,11 +74,10 @@ fn encode_chunk(options: &Options, model: &Model, path: &Path, chunk: &Chunk, sa
     for record in &chunk.records {
         batch.num_records += 1;
         let Err(error) = encode_record(options, model, chunk, record, sampler, &mut batch) else { continue };
-        let position = chunk.position(record.range.start + error.offset().unwrap_or(0));
+        let position = chunk.position(record, error.offset().unwrap_or(0));
         let error = error.with_path(path).with_position(position);
-        // What is too long or teaches nothing is not wrong: it is left out by a policy, and counted.
-        let is_counted = matches!(error.kind(), ErrorKind::TooLong | ErrorKind::NoLabelTokens);
-        if error.kind().class() != ErrorClass::Input || (options.on_error == OnError::Raise && !is_counted) {
+        let is_wrong = !ErrorKind::LEFT_OUT.contains(&error.kind());
+        if error.kind().class() != ErrorClass::Input || (options.on_error == OnError::Raise && is_wrong) {
             batch.fatal = Some(error);
             return batch;
         }
@@ -114,7 +115,7 @@ fn encode_record(
     batch.samples.push(BatchSample {
         num_tokens: kept as u32,
         num_runs: sampler.runs.len() as u32,
-        line: record.num_newlines_before,
+        line: record.position.line,
     });
     Ok(())
 }
@@ -162,12 +163,24 @@ impl Gate {
 
     /// A guard that closes the gate when it is dropped.
     pub fn close_on_drop(&self) -> impl Drop + '_ {
-        struct Close<'a>(&'a Gate);
-        impl Drop for Close<'_> {
-            fn drop(&mut self) {
-                self.0.update(|state| state.is_closed = true);
-            }
+        Close { gate: self, always: true }
+    }
+
+    /// A guard that closes the gate when the thread panics, so that the others end instead of waiting for its chunk.
+    fn close_on_panic(&self) -> impl Drop + '_ {
+        Close { gate: self, always: false }
+    }
+}
+
+struct Close<'a> {
+    gate: &'a Gate,
+    always: bool,
+}
+
+impl Drop for Close<'_> {
+    fn drop(&mut self) {
+        if self.always || std::thread::panicking() {
+            self.gate.update(|state| state.is_closed = true);
         }
-        Close(self)
     }
 }

@@ -7,13 +7,12 @@
 mod lines;
 mod scan;
 
-use std::fs::File;
-use std::io::Read;
+use std::fs::{File, Metadata};
+use std::io::{BufReader, Read};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::time::SystemTime;
 
 use scan::Scan;
 
@@ -27,8 +26,8 @@ pub const MAX_RECORD_BYTES: usize = 256 << 20;
 pub struct RecordSpan {
     /// Where the record lies in [`Chunk::bytes`].
     pub range: Range<usize>,
-    /// Newlines of the chunk before the record.
-    pub num_newlines_before: u64,
+    /// The place of its first byte. Kept, so that finding the place of an error takes time in the record's length only.
+    pub position: Position,
     /// Why these bytes are no record, where the reader knows already.
     pub flaw: Option<(ErrorKind, &'static str)>,
 }
@@ -48,24 +47,17 @@ pub struct Chunk {
     pub num_newlines: u64,
     /// Bytes of the file that this chunk stands for, for progress.
     pub num_source_bytes: u64,
-    /// Where in `bytes` the chunk begins; what stands before belongs to the chunk before.
-    start: usize,
-    /// Characters between the last newline before the chunk and the chunk.
-    start_column: u64,
 }
 
 impl Chunk {
-    /// The place of byte `offset` of `bytes`; its line counts from the chunk's start.
-    pub fn position(&self, offset: usize) -> Position {
-        let mut position = Position::find(&self.bytes[self.start..], offset.saturating_sub(self.start));
-        if position.line == 1 {
-            position.column += self.start_column;
-        }
-        position
+    /// The place of byte `offset` of `record`; its line counts from the chunk's start.
+    pub fn position(&self, record: &RecordSpan, offset: usize) -> Position {
+        let bytes = &self.bytes[record.range.clone()];
+        record.position.after(&bytes[..offset.min(bytes.len())])
     }
 }
 
-/// The opened input files, handed out chunk by chunk to any number of threads.
+/// The input files, handed out chunk by chunk to any number of threads.
 #[derive(Debug)]
 pub struct Source {
     files: Vec<SourceFile>,
@@ -76,13 +68,32 @@ pub struct Source {
 #[derive(Debug)]
 struct SourceFile {
     path: PathBuf,
-    file: File,
-    num_bytes: u64,
-    modified: Option<SystemTime>,
+    stamp: Stamp,
     compression: Compression,
     /// Bytes of the byte order mark.
     start: usize,
     is_array: bool,
+}
+
+/// What tells a file from another one of that name, and from itself before a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    num_bytes: u64,
+    /// Seconds and nanoseconds.
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn new(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            num_bytes: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        }
+    }
 }
 
 /// How a file is compressed, told by its first bytes.
@@ -117,7 +128,7 @@ impl Source {
 
     /// Bytes of all files.
     pub fn num_bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.num_bytes).sum()
+        self.files.iter().map(|file| file.stamp.num_bytes).sum()
     }
 
     /// Number of files.
@@ -125,34 +136,27 @@ impl Source {
         self.files.len() as u32
     }
 
-    /// Refuses files that were written to since they were opened: what was hashed may not be what was read.
+    /// Refuses files that were written to or replaced meanwhile: what was hashed may not be what was read.
     pub fn check_unchanged(&self) -> Result<()> {
-        for file in &self.files {
-            let metadata = file.file.metadata().map_err(|error| Error::io("read", &file.path, &error))?;
-            if (metadata.len(), metadata.modified().ok()) != (file.num_bytes, file.modified) {
-                return Err(Error::new(ErrorKind::Io, "the file changed while it was read")
-                    .with_path(&file.path)
-                    .with_hint("run again when nothing writes to it"));
-            }
-        }
-        Ok(())
+        self.files.iter().try_for_each(|file| file.reopen().map(drop))
     }
 
     /// Path and size in bytes of file `number`.
     pub fn file(&self, number: u32) -> (&Path, u64) {
         let file = &self.files[number as usize];
-        (&file.path, file.num_bytes)
+        (&file.path, file.stamp.num_bytes)
     }
 
     /// BLAKE3 hash of the bytes of file `number`, in hexadecimal.
     pub fn hash(&self, number: u32, mut on_bytes: impl FnMut(usize) -> Result<()>) -> Result<String> {
         let file = &self.files[number as usize];
+        let opened = file.reopen()?;
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; 1 << 20];
         let mut offset = 0;
-        while offset < file.num_bytes {
-            let wanted = buffer.len().min((file.num_bytes - offset) as usize);
-            file.read_exact_at(&mut buffer[..wanted], offset)?;
+        while offset < file.stamp.num_bytes {
+            let wanted = buffer.len().min((file.stamp.num_bytes - offset) as usize);
+            file.read_exact_at(&opened, &mut buffer[..wanted], offset)?;
             hasher.update(&buffer[..wanted]);
             offset += wanted as u64;
             on_bytes(wanted)?;
@@ -178,7 +182,7 @@ impl Source {
                     cursor.sequence += 1;
                     return Ok(true);
                 }
-            } else if cursor.offset < file.num_bytes {
+            } else if cursor.offset < file.stamp.num_bytes {
                 let start = cursor.offset;
                 cursor.offset += self.chunk_bytes as u64;
                 (chunk.file, chunk.sequence) = (number, cursor.sequence);
@@ -194,49 +198,64 @@ impl Source {
 }
 
 impl SourceFile {
+    /// Looks at a file. It is not kept open: an input may have more files than a process may have handles.
     fn open(path: &Path) -> Result<Self> {
-        let metadata = std::fs::metadata(path).map_err(|error| Error::io("read", path, &error))?;
+        let failed = |error: std::io::Error| Error::io("read", path, &error);
+        let metadata = std::fs::metadata(path).map_err(failed)?;
         if !metadata.is_file() {
             let what = if metadata.is_dir() { "a directory" } else { "a pipe or a device" };
             return Err(Error::new(ErrorKind::Io, format!("expected a file, found {what}")).with_path(path));
         }
-        let file = File::open(path).map_err(|error| Error::io("read", path, &error))?;
-        let (num_bytes, modified) = (metadata.len(), metadata.modified().ok());
-        let (compression, start, is_array) = (Compression::None, 0, false);
-        let mut opened = Self { path: path.into(), file, num_bytes, modified, compression, start, is_array };
-        opened.compression = match opened.head()? {
-            head if head.starts_with(b"\x1f\x8b") => Compression::Gzip,
-            head if head.starts_with(b"\x28\xb5\x2f\xfd") => Compression::Zstd,
-            head if head.starts_with(b"PAR1") => {
+        let stamp = Stamp::new(&metadata);
+        let mut opened = Self { path: path.into(), stamp, compression: Compression::None, start: 0, is_array: false };
+        let mut magic = Vec::new();
+        opened.reopen()?.take(4).read_to_end(&mut magic).map_err(failed)?;
+        opened.compression = match &magic[..] {
+            [0x1F, 0x8B, ..] => Compression::Gzip,
+            b"\x28\xb5\x2f\xfd" => Compression::Zstd,
+            b"PAR1" => {
                 return Err(Error::new(ErrorKind::InvalidJson, "expected JSON text, found a Parquet file")
                     .with_path(path)
                     .with_hint("convert it to JSON Lines first"));
             }
             _ => Compression::None,
         };
-        let head = opened.head()?;
-        if head.starts_with(b"\xEF\xBB\xBF") {
+        let mut content = BufReader::new(opened.reader()?);
+        let mut head = Vec::new();
+        content.by_ref().take(3).read_to_end(&mut head).map_err(failed)?;
+        if head == b"\xEF\xBB\xBF" {
             opened.start = 3;
+            head.clear();
         }
-        let first = head[opened.start..].iter().find(|byte| !byte.is_ascii_whitespace());
-        opened.is_array = first == Some(&b'[');
+        for byte in (&head[..]).chain(content).bytes() {
+            let byte = byte.map_err(failed)?;
+            if !byte.is_ascii_whitespace() {
+                opened.is_array = byte == b'[';
+                break;
+            }
+        }
         Ok(opened)
+    }
+
+    /// Opens the file again, and refuses it if it is not what it was.
+    fn reopen(&self) -> Result<File> {
+        let failed = |error: std::io::Error| Error::io("read", &self.path, &error);
+        let file = File::open(&self.path).map_err(failed)?;
+        if Stamp::new(&file.metadata().map_err(failed)?) != self.stamp {
+            return Err(Error::new(ErrorKind::Io, "the file changed while it was read")
+                .with_path(&self.path)
+                .with_hint("run again when nothing writes to it"));
+        }
+        Ok(file)
     }
 
     /// The decompressed content, from the start.
     fn reader(&self) -> Result<scan::Reader> {
-        scan::Reader::open(&self.path, self.compression).map_err(|error| Error::io("read", &self.path, &error))
+        scan::Reader::new(self.reopen()?, self.compression).map_err(|error| Error::io("read", &self.path, &error))
     }
 
-    /// The first bytes of the content, as decompressed as is known to be needed.
-    fn head(&self) -> Result<Vec<u8>> {
-        let mut head = Vec::new();
-        self.reader()?.take(4096).read_to_end(&mut head).map_err(|error| Error::io("read", &self.path, &error))?;
-        Ok(head)
-    }
-
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        self.file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
+    fn read_exact_at(&self, file: &File, buffer: &mut [u8], offset: u64) -> Result<()> {
+        file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => {
                 Error::new(ErrorKind::Io, "the file became shorter while it was read").with_path(&self.path)
             }
@@ -266,10 +285,9 @@ mod tests {
         let (mut chunk, mut found, mut num_newlines, mut num_bytes) = (Chunk::default(), Vec::new(), 0, 0);
         while source.next(&mut chunk).unwrap() {
             for record in &chunk.records {
-                let position = chunk.position(record.range.start);
-                assert_eq!(record.num_newlines_before + 1, position.line);
+                let Position { line, column } = record.position;
                 let text = String::from_utf8_lossy(&chunk.bytes[record.range.clone()]).into_owned();
-                found.push((text, num_newlines + position.line, position.column, record.flaw.is_some()));
+                found.push((text, num_newlines + line, column, record.flaw.is_some()));
             }
             num_newlines += chunk.num_newlines;
             num_bytes += chunk.num_source_bytes;
@@ -291,6 +309,8 @@ mod tests {
             assert_eq!(expected, records(text, chunk_bytes));
         }
         assert!(records(b"[ \n ]", 16).is_empty());
+        let late = [&[b' '; 5000][..], b"\n[1]"].concat();
+        assert_eq!(vec![clean("1", 2, 2)], records(&late, 16));
     }
 
     // An array that is cut off, or followed by something, ends in a flawed record: it is never taken for whole.
@@ -336,6 +356,21 @@ mod tests {
                 assert!(source.and_then(read).is_err());
             }
         }
+    }
+
+    // A file that is written to or replaced between two looks at it is refused.
+    #[test]
+    fn changes_are_noticed() {
+        let mut file = file(b"{}\n");
+        let open = || Source::open(&[file.path().to_path_buf()], 16).unwrap();
+        let (appended, replaced) = (open(), open());
+        appended.check_unchanged().unwrap();
+        file.write_all(b"{}\n").unwrap();
+        assert!(appended.check_unchanged().unwrap_err().to_string().contains("changed while it was read"));
+
+        std::fs::remove_file(file.path()).unwrap();
+        std::fs::write(file.path(), b"{}\n").unwrap();
+        assert!(replaced.next(&mut Chunk::default()).unwrap_err().to_string().contains("changed while it was read"));
     }
 
     proptest! {

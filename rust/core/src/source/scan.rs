@@ -4,12 +4,11 @@
 use std::fs::File;
 use std::io::{BufReader, Read, Result};
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Chunk, Compression, MAX_RECORD_BYTES, RecordSpan, TOO_LARGE};
-use crate::error::ErrorKind;
+use crate::error::{ErrorKind, Position};
 
 /// The decompressed content of a file.
 pub struct Reader {
@@ -18,10 +17,10 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Opens `path`.
-    pub fn open(path: &Path, compression: Compression) -> Result<Self> {
+    /// Reads `file` from where it is.
+    pub fn new(file: File, compression: Compression) -> Result<Self> {
         let num_source_bytes = Arc::new(AtomicU64::new(0));
-        let file = Counted { file: File::open(path)?, count: num_source_bytes.clone() };
+        let file = Counted { file, count: num_source_bytes.clone() };
         let content: Box<dyn Read + Send> = match compression {
             Compression::None => Box::new(file),
             Compression::Gzip => {
@@ -71,7 +70,7 @@ pub struct Scan {
     is_first: bool,
     /// Bytes of the byte order mark.
     start: usize,
-    /// Characters since the last newline.
+    /// Column of the next byte to hand out.
     column: u64,
     num_source_bytes: u64,
 }
@@ -87,7 +86,7 @@ impl Scan {
             is_done: false,
             is_first: true,
             start,
-            column: 0,
+            column: 1,
             num_source_bytes: 0,
         }
     }
@@ -119,9 +118,13 @@ impl Scan {
         Ok(self.carry.get(at).copied())
     }
 
-    fn skip_space(&mut self, mut at: usize, chunk_bytes: usize) -> Result<usize> {
+    fn skip_space(&mut self, start: usize, chunk_bytes: usize) -> Result<usize> {
+        let mut at = start;
         while matches!(self.byte(at, chunk_bytes)?, Some(b' ' | b'\n' | b'\r' | b'\t')) {
             at += 1;
+            if at - start > MAX_RECORD_BYTES {
+                return Err(too_large());
+            }
         }
         Ok(at)
     }
@@ -200,8 +203,7 @@ impl Scan {
         self.is_done = self.is_file_read;
         let start = std::mem::take(&mut self.start).min(end);
         self.hand_out(end, chunk);
-        (chunk.start, chunk.start_column) = (start, 0);
-        chunk.split_lines(end, false);
+        chunk.split_lines(start, end, false);
         Ok(())
     }
 
@@ -216,7 +218,7 @@ impl Scan {
     fn next_elements(&mut self, chunk_bytes: usize, chunk: &mut Chunk) -> Result<()> {
         let span = |range: Range<usize>, flaw: Option<&'static str>| RecordSpan {
             range,
-            num_newlines_before: 0, // counted below, when the bytes stay where they are
+            position: Position { line: 0, column: 0 }, // counted below, when the bytes stay where they are
             flaw: flaw.map(|message| (ErrorKind::InvalidJson, message)),
         };
         let mut at = 0;
@@ -258,15 +260,15 @@ impl Scan {
         }
 
         self.hand_out(at, chunk);
-        (chunk.start, chunk.start_column) = (std::mem::take(&mut self.start).min(at), self.column);
-        let (mut counted, mut num_newlines) = (0, 0);
+        let mut counted = std::mem::take(&mut self.start);
+        let mut position = Position { line: 1, column: self.column };
         for record in &mut chunk.records {
-            num_newlines += memchr::memchr_iter(b'\n', &chunk.bytes[counted..record.range.start]).count() as u64;
+            position = position.after(&chunk.bytes[counted..record.range.start]);
             counted = record.range.start;
-            record.num_newlines_before = num_newlines;
+            record.position = position;
         }
-        chunk.num_newlines = num_newlines + memchr::memchr_iter(b'\n', &chunk.bytes[counted..]).count() as u64;
-        self.column = chunk.position(chunk.bytes.len()).column - 1;
+        position = position.after(&chunk.bytes[counted..]);
+        (chunk.num_newlines, self.column) = (position.line - 1, position.column);
         Ok(())
     }
 }
