@@ -159,9 +159,9 @@ def _preprocess(
     num_threads: int | None,
     **arguments: Any,
 ) -> Report:
-    for name, value in (("sequence_length", sequence_length), ("num_threads", num_threads)):
-        if value is not None and not 0 < value < 2**32:
-            raise ConfigError(f"expected {name} to be a positive number, found {value}")
+    _check_number("sequence_length", sequence_length, 2, 2**32 - 1)
+    if num_threads is not None:
+        _check_number("num_threads", num_threads, 1, 1024)
     path, manifest_json, reused, seconds, why_not_fast = _core.preprocess(
         resolve_files(files), output_dir, sequence_length=sequence_length, num_threads=num_threads, **arguments
     )
@@ -233,10 +233,8 @@ class Dataset(Sequence[Sample]):
         return len(self._core)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # slices would copy; nobody needs them
-        input_ids, label_mask, file, line = self._core.sample(_index(index, len(self)))
-        return Sample(
-            input_ids=input_ids, label_mask=label_mask, source=f"{self.manifest['files'][file]['path']}:{line}"
-        )
+        input_ids, label_mask, path, line = self._core.sample(_index(index, len(self)))
+        return Sample(input_ids=input_ids, label_mask=label_mask, source=f"{path}:{line}")
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -279,13 +277,19 @@ class Dataset(Sequence[Sample]):
             epoch: From 0.
 
         Raises:
-            ConfigError: A sample is longer than `sequence_length`.
+            ConfigError: A sample is longer than `sequence_length`, or a number is out of range.
         """
-        return Packing(self, self._core.pack(sequence_length, seed, epoch, True))
+        return self._plan(sequence_length, seed, epoch, True)
 
     def rows(self, *, sequence_length: int, seed: int = 42, epoch: int = 0) -> Packing:
         """Rows of one sample each, shuffled: the unpacked mode. Arguments and errors are those of `pack`."""
-        return Packing(self, self._core.pack(sequence_length, seed, epoch, False))
+        return self._plan(sequence_length, seed, epoch, False)
+
+    def _plan(self, sequence_length: int, seed: int, epoch: int, packed: bool) -> Packing:
+        _check_number("sequence_length", sequence_length, 1, 2**32 - 1)
+        _check_number("seed", seed, 0, 2**64 - 1)
+        _check_number("epoch", epoch, 0, 2**64 - 1)
+        return Packing(self, self._core.pack(sequence_length, seed, epoch, packed))
 
 
 class Packing(Sequence[NDArray[np.uint32]]):
@@ -326,8 +330,9 @@ class Packing(Sequence[NDArray[np.uint32]]):
 
         Raises:
             IndexError: There is no such row.
+            ValueError: `width` is too narrow for a row, or the arrays would have 2^31 positions or more.
         """
-        rows = [int(row) for row in rows]
+        rows = self._rows(rows)
         if width is None:
             width = self._core.sequence_length if self._core.is_packed else self._core.max_row_tokens(rows)
         (input_ids, labels, position_ids), cu_seqlens, max_seqlen = self._core.batch(rows, width, shift_labels)
@@ -355,9 +360,12 @@ class Packing(Sequence[NDArray[np.uint32]]):
 
         Raises:
             IndexError: There is no such row.
-            ValueError: The arrays have other shapes, or are too narrow for a row.
+            ValueError: The arrays have other shapes, are too narrow for a row, or are not contiguous.
         """
-        return self._core.fill(rows, shift_labels, input_ids, labels, position_ids)
+        return self._core.fill(self._rows(rows), shift_labels, input_ids, labels, position_ids)
+
+    def _rows(self, rows: Sequence[int]) -> list[int]:
+        return [_index(row, len(self)) for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,7 +400,7 @@ class StepStream:
         max_steps: Steps of the run, if positive.
 
     Raises:
-        ConfigError: A sample is longer than `sequence_length`, or the arguments give no step.
+        ConfigError: A sample is longer than `sequence_length`, a number is out of range, or there is no step to train.
     """
 
     def __init__(
@@ -410,11 +418,14 @@ class StepStream:
         self._sequence_length = sequence_length
         self._packed = packed
         self._seed = seed
+        _check_number("num_rows_per_step", num_rows_per_step, 1, 2**32 - 1)
         self._num_rows_per_step = num_rows_per_step
         # Two epochs: prefetching crosses from one into the next.
         self._epoch_plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
         self.num_steps_per_epoch = len(self._epoch_plan(0)[1])
         self.num_steps = _core.total_steps(self.num_steps_per_epoch, num_epochs, max_steps if max_steps > 0 else None)
+        if self.num_steps_per_epoch == 0:
+            raise ConfigError(f"expected samples to train on, found none in {dataset.path}")
         if self.num_steps < 1:
             raise ConfigError(f"expected at least one step to train, found num_epochs={num_epochs}")
 
@@ -436,7 +447,15 @@ class StepStream:
         return self._epoch_plan(0)[1].imbalance(world_size)
 
     def step(self, step: int, *, rank: int = 0, world_size: int = 1, rows_per_micro_batch: int) -> StepPlan:
-        """What `rank` of `world_size` does in global step `step`, from 0."""
+        """What `rank` of `world_size` does in global step `step`, from 0.
+
+        Raises:
+            IndexError: There is no such step or rank.
+        """
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        if not 0 <= rank < world_size:
+            raise IndexError(f"rank {rank} of {world_size}")
         epoch, index = divmod(step, self.num_steps_per_epoch)
         packing, steps = self._epoch_plan(epoch)
         num_tokens, num_label_tokens = packing._core.count_tokens(steps.rows(index))
@@ -466,6 +485,11 @@ def _padding_batch(pad_token_id: int) -> Batch:
         "cu_seqlens": np.array([0, 2], np.int32),
         "max_seqlen": 2,
     }
+
+
+def _check_number(name: str, value: int, lowest: int, highest: int) -> None:
+    if not lowest <= value <= highest:
+        raise ConfigError(f"expected {name} to be a number from {lowest:,} to {highest:,}, found {value:,}")
 
 
 def _index(index: int, length: int) -> int:

@@ -18,7 +18,7 @@ class SftFastError(Exception):
         code: short stable name of the cause (`missing_key`), for programs that sort errors.
         path: file in which it was found, if there is one.
         line: line of that file, counted from 1.
-        column: byte of that line, counted from 1.
+        column: character of that line, counted from 1.
         location: place inside the value, such as `messages[3].role` or `sft_train.training_args.learning_rate`.
         hint: what the reader can do.
     """

@@ -1,6 +1,7 @@
 //! The index of a dataset, its fingerprint, and the dataset opened for reading.
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -121,20 +122,7 @@ impl Manifest {
     pub fn read(directory: &Path) -> Result<Self> {
         let path = directory.join(MANIFEST_NAME);
         let refuse = |what: String| Error::new(ErrorKind::Dataset, what).with_path(&path);
-        let metadata = std::fs::metadata(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
-                Error::new(ErrorKind::Dataset, format!("expected a dataset, found no {MANIFEST_NAME}"))
-                    .with_path(directory)
-                    .with_hint("make one with: sft-fast preprocess FILE … --output-dir DIR")
-            }
-            _ => Error::io("read", &path, &error),
-        })?;
-        if metadata.len() > MAX_MANIFEST_BYTES {
-            return Err(refuse(format!("expected at most {MAX_MANIFEST_BYTES} bytes, found {}", metadata.len())));
-        }
-        let bytes = std::fs::read(&path).map_err(|error| Error::io("read", &path, &error))?;
-        let damaged = |error: serde_json::Error| refuse(format!("damaged manifest: {error}"));
-        let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(damaged)?;
+        let value = read_json(directory)?;
         if value["format"] != DATASET_FORMAT {
             return Err(refuse(format!("expected the format \"{DATASET_FORMAT}\", found {}", value["format"])));
         }
@@ -143,7 +131,8 @@ impl Manifest {
             return Err(refuse(format!("expected format version {FORMAT_VERSION}, found {found}"))
                 .with_hint("preprocess again with this version of sft-fast"));
         }
-        let manifest: Self = serde_json::from_value(value).map_err(damaged)?;
+        let manifest: Self =
+            serde_json::from_value(value).map_err(|error| refuse(format!("damaged manifest: {error}")))?;
         manifest.check().map_err(|what| refuse(format!("damaged manifest: {what}")))?;
         Ok(manifest)
     }
@@ -163,8 +152,14 @@ impl Manifest {
         equal("rejects by reason", self.num_rejected, sum(self.rejected_by_reason.values().copied()))?;
         equal("samples of the shards", self.num_samples, sum(self.shards.iter().map(|shard| shard.num_samples)))?;
         equal("tokens of the shards", self.num_tokens, sum(self.shards.iter().map(|shard| shard.num_tokens)))?;
-        match self.shards.iter().find(|shard| shard.name.contains(['/', '\\']) || shard.name.starts_with('.')) {
-            Some(shard) => Err(format!("expected the name of a file in the dataset, found {:?}", shard.name)),
+        if self.pad_token_id >= self.vocab_size {
+            let Self { vocab_size, pad_token_id, .. } = self;
+            return Err(format!("expected pad_token_id to be below vocab_size {vocab_size}, found {pad_token_id}"));
+        }
+        match self.shards.iter().find(|shard| !is_shard_name(&shard.name)) {
+            Some(shard) => {
+                Err(format!("expected the name of a shard, such as shard-00000.safetensors, found {:?}", shard.name))
+            }
             None => Ok(()),
         }
     }
@@ -176,6 +171,78 @@ impl Manifest {
         text.push('\n');
         let written = std::fs::write(&path, text).and_then(|()| std::fs::File::open(&path)?.sync_all());
         written.map_err(|error| Error::io("write", &path, &error))
+    }
+}
+
+/// The content of a manifest, before anything in it is trusted.
+fn read_json(directory: &Path) -> Result<serde_json::Value> {
+    let path = directory.join(MANIFEST_NAME);
+    let refuse = |what: String| Error::new(ErrorKind::Dataset, what).with_path(&path);
+    let metadata = std::fs::metadata(&path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
+            Error::new(ErrorKind::Dataset, format!("expected a dataset, found no {MANIFEST_NAME}"))
+                .with_path(directory)
+                .with_hint("make one with: sft-fast preprocess FILE … --output-dir DIR")
+        }
+        _ => Error::io("read", &path, &error),
+    })?;
+    if !metadata.is_file() {
+        return Err(refuse("damaged manifest: expected a file, found something else".into()));
+    }
+    if metadata.len() > MAX_MANIFEST_BYTES {
+        return Err(refuse(format!("expected at most {MAX_MANIFEST_BYTES} bytes, found {}", metadata.len())));
+    }
+    let bytes = std::fs::read(&path).map_err(|error| Error::io("read", &path, &error))?;
+    serde_json::from_slice(&bytes).map_err(|error| refuse(format!("damaged manifest: {error}")))
+}
+
+/// The name of shard `number`, from 0.
+pub fn shard_name(number: usize) -> String {
+    format!("shard-{number:05}.safetensors")
+}
+
+fn is_shard_name(name: &str) -> bool {
+    let number = name.strip_prefix("shard-").and_then(|rest| rest.strip_suffix(".safetensors"));
+    number.is_some_and(|number| number.len() >= 5 && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// What is in a directory that is to become a dataset.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Occupant {
+    /// Nothing, or there is no directory.
+    Nothing,
+    /// A dataset, perhaps a damaged one.
+    Dataset {
+        /// The first file beside it that is no part of a dataset. Where there is one, the directory is not to be removed.
+        stranger: Option<String>,
+    },
+    /// Something else.
+    Stranger,
+}
+
+impl Occupant {
+    /// Looks into `directory`.
+    pub fn find(directory: &Path) -> Result<Self> {
+        let failed = |error: std::io::Error| Error::io("read the directory", directory, &error);
+        let mut names = match std::fs::read_dir(directory) {
+            Ok(entries) => entries
+                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+                .collect::<std::io::Result<Vec<_>>>()
+                .map_err(failed)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::Nothing),
+            Err(error) => return Err(failed(error)),
+        };
+        names.sort();
+        if names.is_empty() {
+            return Ok(Self::Nothing);
+        }
+        let has_manifest = names.iter().any(|name| name == MANIFEST_NAME);
+        let is_foreign = || matches!(read_json(directory), Ok(value) if value["format"] != DATASET_FORMAT);
+        if !has_manifest || is_foreign() {
+            return Ok(Self::Stranger);
+        }
+        let is_part = |name: &str| name == MANIFEST_NAME || name == REJECTED_NAME || is_shard_name(name);
+        Ok(Self::Dataset { stranger: names.into_iter().find(|name| !is_part(name)) })
     }
 }
 
@@ -252,12 +319,33 @@ impl Dataset {
         Sample { token_ids: shard.token_ids(index), shard, index }
     }
 
-    /// Proves the dataset whole: checksums of all shards, token ids below the vocabulary size, label tokens as counted.
+    /// Path of the input file and line (from 1) that sample `number` comes from.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dataset`] where the shard names a file that the manifest does not have.
+    ///
+    /// # Panics
+    /// If there is no such sample.
+    pub fn source(&self, number: usize) -> Result<(&str, u32)> {
+        let (file, line) = self.sample(number).record();
+        match self.manifest.files.get(file as usize) {
+            Some(file) => Ok((&file.path, line)),
+            None => {
+                let num_files = self.manifest.files.len();
+                let message = format!(
+                    "damaged shard: expected sample {number} to be of one of {num_files} files, found file {file}"
+                );
+                Err(Error::new(ErrorKind::Dataset, message).with_path(&self.directory))
+            }
+        }
+    }
+
+    /// Proves the dataset whole: the checksums of all shards, and every law between shards, manifest and rejected records.
     ///
     /// `on_bytes` is told of progress and may stop the work.
     ///
     /// # Errors
-    /// [`ErrorKind::Dataset`], naming the shard and the rule.
+    /// [`ErrorKind::Dataset`], naming the file and the law.
     pub fn verify(&self, mut on_bytes: impl FnMut(u64) -> Result<()>) -> Result<()> {
         let mut num_label_tokens = 0;
         for (number, info) in self.manifest.shards.iter().enumerate() {
@@ -269,25 +357,48 @@ impl Dataset {
                 return Err(damaged(format!("expected SHA-256 {}, found {found}", info.sha256))
                     .with_hint("preprocess again; the file changed after it was written"));
             }
-            for sample in self.starts[number]..self.starts[number + 1] {
-                let sample = self.sample(sample);
-                num_label_tokens += sample.num_label_tokens();
-                let largest = sample.token_ids.to_vec().into_iter().max().unwrap_or(0);
-                if largest >= self.manifest.vocab_size {
-                    let expected = self.manifest.vocab_size;
-                    return Err(damaged(format!("expected token ids below {expected}, found {largest}")));
-                }
-                if sample.record().0 as usize >= self.manifest.files.len() {
-                    return Err(damaged(format!("expected a file number, found {}", sample.record().0)));
-                }
+            for number in self.starts[number]..self.starts[number + 1] {
+                num_label_tokens += self.check_sample(number).map_err(damaged)?;
+                self.source(number)?;
             }
             on_bytes(info.num_bytes)?;
         }
-        if num_label_tokens != self.manifest.num_label_tokens {
-            let expected = self.manifest.num_label_tokens;
-            let message = format!("expected {expected} label tokens, found {num_label_tokens}");
-            return Err(Error::new(ErrorKind::Dataset, message).with_path(&self.directory));
+        let equal = |what: &str, name: &str, expected: u64, found: u64| match expected == found {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::Dataset, format!("expected {expected} {what}, found {found}"))
+                .with_path(&self.directory.join(name))),
+        };
+        equal("label tokens", MANIFEST_NAME, self.manifest.num_label_tokens, num_label_tokens)?;
+        equal("lines", REJECTED_NAME, self.manifest.num_rejected, self.num_rejected_lines()?)
+    }
+
+    /// The laws of one sample; its tokens with a loss.
+    fn check_sample(&self, number: usize) -> std::result::Result<u64, String> {
+        let Manifest { vocab_size, recipe: Recipe { sequence_length, .. }, .. } = self.manifest;
+        let sample = self.sample(number);
+        let largest = sample.token_ids.max().unwrap_or(0);
+        if largest >= vocab_size {
+            return Err(format!("expected token ids below {vocab_size}, found {largest} in sample {number}"));
         }
-        Ok(())
+        let num_tokens = sample.token_ids.len();
+        if num_tokens > sequence_length as usize {
+            return Err(format!("expected at most {sequence_length} tokens, found {num_tokens} in sample {number}"));
+        }
+        match sample.num_label_tokens() {
+            0 => Err(format!("expected a token to learn, found none in sample {number}")),
+            num_label_tokens => Ok(num_label_tokens),
+        }
+    }
+
+    fn num_rejected_lines(&self) -> Result<u64> {
+        let path = self.directory.join(REJECTED_NAME);
+        let file = std::fs::File::open(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::new(ErrorKind::Dataset, "damaged dataset: expected a file, found none").with_path(&path)
+            }
+            _ => Error::io("read", &path, &error),
+        })?;
+        let mut lines = BufReader::new(file).split(b'\n');
+        lines.try_fold(0, |count, line| line.map(|_| count + 1)).map_err(|error| Error::io("read", &path, &error))
     }
 }

@@ -236,6 +236,14 @@ impl TokenIds<'_> {
         self.len() == 0
     }
 
+    /// The largest id.
+    pub fn max(&self) -> Option<u32> {
+        match self {
+            Self::U16(ids) => ids.iter().max().map(|&id| id.into()),
+            Self::U32(ids) => ids.iter().max().copied(),
+        }
+    }
+
     /// The ids, as u32.
     pub fn to_vec(&self) -> Vec<u32> {
         match self {
@@ -253,6 +261,15 @@ impl Shard {
     pub fn open(directory: &Path, info: &ShardInfo, token_type: TokenType, vocab_size: u32) -> Result<Self> {
         let path = directory.join(&info.name);
         let damaged = |what: String| Error::new(ErrorKind::Dataset, format!("damaged shard: {what}")).with_path(&path);
+        let metadata = match std::fs::metadata(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(damaged("expected a file, found none".into()));
+            }
+            other => other.map_err(|error| Error::io("read", &path, &error))?,
+        };
+        if !metadata.is_file() {
+            return Err(damaged("expected a file, found something else".into()));
+        }
         let file = File::open(&path).map_err(|error| Error::io("open", &path, &error))?;
         let num_bytes = file.metadata().map_err(|error| Error::io("read", &path, &error))?.len();
         if num_bytes != info.num_bytes {

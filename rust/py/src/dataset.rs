@@ -30,20 +30,20 @@ impl Dataset {
         self.inner.lengths().len()
     }
 
-    /// (token ids uint32 [n], label mask bool [n], file number, line) of sample `index`.
+    /// (token ids uint32 [n], label mask bool [n], path of the input file, line) of sample `index`.
     #[expect(clippy::type_complexity, reason = "a tuple for Python")]
     fn sample<'py>(
         &self,
         py: Python<'py>,
         index: usize,
-    ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<bool>>, u32, u32)> {
+    ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<bool>>, &str, u32)> {
         if index >= self.__len__() {
             return Err(PyIndexError::new_err(format!("sample {index} of {}", self.__len__())));
         }
         let sample = self.inner.sample(index);
-        let (file, line) = sample.record();
+        let (path, line) = self.inner.source(index).map_err(|error| to_python(py, &error))?;
         let mask: Vec<bool> = sample.label_mask().collect();
-        Ok((PyArray1::from_vec(py, sample.token_ids.to_vec()), PyArray1::from_vec(py, mask), file, line))
+        Ok((PyArray1::from_vec(py, sample.token_ids.to_vec()), PyArray1::from_vec(py, mask), path, line))
     }
 
     /// Tokens of each sample, uint32 [num_samples].

@@ -117,6 +117,10 @@ impl Packing {
         width: usize,
         shift_labels: bool,
     ) -> PyResult<(BatchArrays<'py>, Bound<'py, PyArray1<i32>>, i32)> {
+        if rows.len().checked_mul(width).is_none_or(|num_tokens| i32::try_from(num_tokens).is_err()) {
+            let message = format!("expected less than 2^31 positions, found {} rows of {width}", rows.len());
+            return Err(PyValueError::new_err(message));
+        }
         let new = || PyArray2::zeros(py, [rows.len(), width], false);
         let arrays: BatchArrays<'py> = (new(), new(), new());
         let (ids, labels, positions) = (arrays.0.readwrite(), arrays.1.readwrite(), arrays.2.readwrite());

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use super::worker::Batch;
 use super::{Options, Progress};
 use crate::error::{Error, ErrorKind, Position, Result};
-use crate::manifest::{REJECTED_NAME, SourceInfo};
+use crate::manifest::{REJECTED_NAME, SourceInfo, shard_name};
 use crate::shard::{ShardBuilder, ShardInfo, TokenType};
 use crate::source::Source;
 
@@ -157,7 +157,7 @@ impl<'a> Collector<'a> {
 
     fn close_shard(&mut self) -> Result<()> {
         let full = std::mem::replace(&mut self.shard, ShardBuilder::new(self.token_type));
-        let name = format!("shard-{:05}.safetensors", self.num_shards);
+        let name = shard_name(self.num_shards);
         self.num_shards += 1;
         self.writer.write(full, name)
     }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::conversation::FieldMapping;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{DATASET_FORMAT, Dataset, FORMAT_VERSION, MANIFEST_NAME, Manifest, Recipe, SourceInfo};
+use crate::manifest::{DATASET_FORMAT, Dataset, FORMAT_VERSION, Manifest, Occupant, Recipe, SourceInfo};
 use crate::model::Model;
 use crate::sample::TooLong;
 use crate::shard::TokenType;
@@ -122,7 +122,8 @@ pub fn preprocess(
         let message = format!("expected a sequence_length of at least 2, found {}", options.sequence_length);
         return Err(Error::new(ErrorKind::Argument, message));
     }
-    let source = Source::open(&options.files, chunk_bytes(options)?)?;
+    let num_threads = num_threads(options)?;
+    let source = Source::open(&options.files, chunk_bytes(options, num_threads))?;
     let files = hash_files(&source, on_progress)?;
     let recipe = recipe(options, model);
     let fingerprint = recipe.fingerprint(&files);
@@ -130,15 +131,20 @@ pub fn preprocess(
         Place::Directory { path, .. } => path.clone(),
         Place::Cache(path) => path.join(&fingerprint[..32]),
     };
+    let reuse = |manifest| Report { path: target.clone(), manifest, is_reused: true, elapsed: start.elapsed() };
+    // Before the lock, so that a dataset can be used where nothing can be written.
+    if let Some(manifest) = find_dataset(&target, &fingerprint, options)? {
+        return Ok(reuse(manifest));
+    }
     let progress = Progress { num_total_bytes: source.num_bytes(), ..Progress::default() };
     let staging = Staging::lock(&target, || on_progress(&progress))?;
-    if let Some(manifest) = find_dataset(&target, &fingerprint, &options.place)? {
-        return Ok(Report { path: target, manifest, is_reused: true, elapsed: start.elapsed() });
+    if let Some(manifest) = find_dataset(&target, &fingerprint, options)? {
+        return Ok(reuse(manifest));
     }
 
     let directory = staging.create()?;
     let collector = Collector::new(directory, files, options, TokenType::for_vocab(model.tokenizer.vocab_size()))?;
-    let counts = encode(options, model, &source, collector, on_progress)?;
+    let counts = encode(options, num_threads, model, &source, collector, on_progress)?;
     let manifest = Manifest {
         format: DATASET_FORMAT.into(),
         format_version: FORMAT_VERSION,
@@ -172,12 +178,12 @@ pub fn preprocess(
 /// Runs the threads; the calling one collects.
 fn encode(
     options: &Options,
+    num_threads: usize,
     model: &Model,
     source: &Source,
     mut collector: Collector<'_>,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<collect::Counts> {
-    let num_threads = num_threads(options)?;
     let gate = Gate::new(4 * num_threads as u64);
     std::thread::scope(|scope| {
         let (sender, receiver) = channel();
@@ -211,12 +217,18 @@ fn encode(
 }
 
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// More threads than any machine has use for; each costs memory.
+const MAX_THREADS: usize = 1024;
 
 fn num_threads(options: &Options) -> Result<usize> {
-    match options.num_threads {
-        Some(number) => Ok(number.get()),
+    match options.num_threads.map(NonZero::get) {
+        Some(number @ 1..=MAX_THREADS) => Ok(number),
+        Some(number) => {
+            let message = format!("expected num_threads to be at most {MAX_THREADS}, found {number}");
+            Err(Error::new(ErrorKind::Argument, message))
+        }
         None => std::thread::available_parallelism()
-            .map(NonZero::get)
+            .map(|number| number.get().min(MAX_THREADS))
             .map_err(|error| Error::new(ErrorKind::Io, format!("could not count the cores: {error}"))),
     }
 }
@@ -261,26 +273,34 @@ fn recipe(options: &Options, model: &Model) -> Recipe {
 }
 
 /// The dataset in `target`, if it is the wanted one; an error if something else is there that must not be replaced.
-fn find_dataset(target: &Path, fingerprint: &str, place: &Place) -> Result<Option<Manifest>> {
-    let is_empty = match std::fs::read_dir(target) {
-        Ok(mut entries) => entries.next().is_none(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
-        Err(error) => return Err(Error::io("read the directory", target, &error)),
-    };
-    if is_empty {
-        return Ok(None);
-    }
+fn find_dataset(target: &Path, fingerprint: &str, options: &Options) -> Result<Option<Manifest>> {
     let refuse = |what: &str, hint: &str| Err(Error::new(ErrorKind::Dataset, what).with_path(target).with_hint(hint));
-    if !target.join(MANIFEST_NAME).exists() {
-        return refuse(
-            "expected a dataset, a new or an empty directory, found a directory with other files",
-            "choose another output directory; nothing in this one was touched",
-        );
-    }
-    let overwrite = matches!(place, Place::Cache(_) | Place::Directory { overwrite: true, .. });
+    let stranger = match Occupant::find(target)? {
+        Occupant::Nothing => return Ok(None),
+        Occupant::Dataset { stranger } => stranger,
+        Occupant::Stranger => {
+            return refuse(
+                "expected a dataset, a new or an empty directory, found a directory with other files",
+                "choose another output directory; nothing in this one was touched",
+            );
+        }
+    };
+    let may_replace = matches!(options.place, Place::Cache(_) | Place::Directory { overwrite: true, .. });
     match Dataset::open(target) {
-        Ok(dataset) if dataset.manifest().fingerprint == fingerprint => Ok(Some(dataset.manifest().clone())),
-        _ if overwrite => Ok(None),
+        Ok(dataset) if dataset.manifest().fingerprint == fingerprint => {
+            let manifest = dataset.manifest();
+            let is_policy = |code: &String| ErrorKind::LEFT_OUT.iter().any(|kind| kind.code() == code);
+            // Made with `skip` and wanted with `raise`, it is made again, to find the wrong record and raise its error.
+            let is_wanted = options.on_error == OnError::Skip || manifest.rejected_by_reason.keys().all(is_policy);
+            Ok(is_wanted.then(|| manifest.clone()))
+        }
+        _ if may_replace => match stranger {
+            None => Ok(None),
+            Some(name) => refuse(
+                &format!("expected a directory with nothing but a dataset, found '{name}' in it"),
+                "move the file away, or choose another output directory; nothing in this one was touched",
+            ),
+        },
         Ok(_) => refuse(
             "expected the dataset of these files and settings, found another one",
             "choose another output directory, or replace the dataset with --overwrite (overwrite=True)",
@@ -290,22 +310,25 @@ fn find_dataset(target: &Path, fingerprint: &str, place: &Place) -> Result<Optio
 }
 
 /// Small inputs are cut finer, so that all threads have something to do.
-fn chunk_bytes(options: &Options) -> Result<usize> {
-    if let Some(chunk_bytes) = options.chunk_bytes {
-        return Ok(chunk_bytes);
-    }
-    let num_bytes: u64 = options.files.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
-    let share = num_bytes / (8 * num_threads(options)? as u64);
-    Ok(share.clamp(1 << 16, 1 << 20) as usize)
+fn chunk_bytes(options: &Options, num_threads: usize) -> usize {
+    options.chunk_bytes.unwrap_or_else(|| {
+        let sizes = options.files.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len());
+        (sizes.sum::<u64>() / (8 * num_threads as u64)).clamp(1 << 16, 1 << 20) as usize
+    })
 }
 
 fn no_samples(manifest: &Manifest) -> Error {
-    let files: Vec<_> = manifest.files.iter().map(|file| &*file.path).collect();
-    if manifest.num_records == 0 {
-        let message = format!("expected records, found none in {}", files.join(", "));
-        return Error::new(ErrorKind::NoRecords, message);
+    let message = match manifest.num_records {
+        0 => "expected records, found none".to_owned(),
+        number => format!("expected at least one sample, but all {number} records were rejected"),
+    };
+    let mut error = Error::new(ErrorKind::NoRecords, message);
+    if let [file] = &manifest.files[..] {
+        error = error.with_path(Path::new(&file.path));
     }
-    let reasons: Vec<_> = manifest.rejected_by_reason.iter().map(|(code, count)| format!("{code} {count}")).collect();
-    let message = format!("expected at least one sample, but all {} records were rejected", manifest.num_records);
-    Error::new(ErrorKind::NoRecords, message).with_hint(format!("by reason: {}", reasons.join(", ")))
+    if manifest.num_records > 0 {
+        let reasons = manifest.rejected_by_reason.iter().map(|(code, count)| format!("{code} {count}"));
+        error = error.with_hint(format!("by reason: {}", reasons.collect::<Vec<_>>().join(", ")));
+    }
+    error
 }
