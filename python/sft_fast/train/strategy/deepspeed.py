@@ -6,7 +6,9 @@ The settings that it is given are made in `deepspeed_config.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import logging
 import math
 import os
@@ -65,9 +67,10 @@ class DeepSpeedStrategy(TrainStrategy):
         model = load_model()
         arguments = self._config.sft_train.training_args
         self._optimizer = make_optimizer(model, arguments)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._optimizer, config=self._settings, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints the memory, again and again
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self._optimizer, config=self._settings, dist_init_required=False
+            )
 
     def _join(self) -> None:
         """Makes the process group, once a process."""
