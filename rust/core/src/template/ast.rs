@@ -47,8 +47,8 @@ pub(super) struct Scoped {
     pub entry: Entry,
 }
 
-/// How the variables that a scope assigns begin: each as what the scope around it has under that name.
-pub(super) type Entry = Vec<(Place, Place)>;
+/// How the variables that a scope assigns begin: each as what the scope around it has under that name, if anything.
+pub(super) type Entry = Vec<(Place, Option<Place>)>;
 
 #[derive(Debug)]
 pub(super) struct For {

@@ -195,7 +195,7 @@ impl<'a> Interpreter<'a> {
 
     fn enter(&mut self, scoped: &'a Scoped) {
         for (place, outer) in &scoped.entry {
-            let value = self.load(*outer).clone();
+            let value = outer.map_or(Value::Undefined(""), |outer| self.load(outer).clone());
             *self.slot(*place) = value;
         }
     }
@@ -299,7 +299,8 @@ impl<'a> Interpreter<'a> {
             state
         });
         let first_message = self.messages.offset_of(&items);
-        let mut is_empty = true;
+        // Jinja's `else` runs unless some iteration came to its end: not after `break` or `continue` alone.
+        let mut is_unfinished = true;
         for (index, value) in items.iter().enumerate() {
             self.spend(1)?;
             self.enter(&definition.scoped);
@@ -309,7 +310,6 @@ impl<'a> Interpreter<'a> {
             {
                 continue;
             }
-            is_empty = false;
             if let Some(state) = &state {
                 state.index.set(index);
             }
@@ -318,11 +318,13 @@ impl<'a> Interpreter<'a> {
             if let Some(first) = first_message {
                 self.visit(first + index, start..self.sink.length());
             }
-            if let Flow::Break = flow {
-                break;
+            match flow {
+                Flow::Next => is_unfinished = false,
+                Flow::Continue => {}
+                Flow::Break => break,
             }
         }
-        if is_empty {
+        if is_unfinished {
             self.enter(&definition.otherwise);
             return self.body(&definition.otherwise.body);
         }

@@ -19,12 +19,14 @@ mod load;
 mod methods;
 mod named;
 mod operators;
+mod order;
 mod parser;
 mod predicates;
 mod python;
 mod scope;
 mod spans;
 mod value;
+mod visit;
 
 use std::ops::Range;
 

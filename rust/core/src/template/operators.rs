@@ -109,6 +109,7 @@ fn contains<'a>(container: &Value<'a>, item: &Value<'a>) -> Eval<bool> {
 /// Refuses what can't be a key of a dict.
 pub(super) fn hashable(key: &Value<'_>) -> Eval<()> {
     match key {
+        Value::Sequence(SequenceKind::Tuple, items) => items.iter().try_for_each(|item| hashable(&item)),
         Value::Sequence(SequenceKind::List | SequenceKind::View, _) | Value::Dict(_) => {
             impossible(format!("a {} can't be a key", key.type_name()))
         }
@@ -336,7 +337,8 @@ pub(super) fn slice<'a>(value: &Value<'a>, bounds: [Option<Value<'a>>; 3]) -> Ev
         }
         Value::Undefined(name) => undefined_operation(name),
         Value::Safe(_) => impossible("a part of a text marked 'safe' is not supported"),
-        _ => Ok(Value::Undefined("slice")),
+        // Jinja slices without asking whether that is possible.
+        _ => impossible(format!("a {} can't be sliced", value.type_name())),
     }
 }
 

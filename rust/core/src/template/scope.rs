@@ -5,10 +5,12 @@
 
 use std::collections::HashMap;
 
-use super::ast::{Body, Call, Entry, Expr, For, Function, Kind, Macro, Name, Place, Scoped, Target};
+use super::ast::{Body, Call, Expr, For, Function, Kind, Macro, Name, Place, Scoped, Target};
 use super::failure::{Refusal, refuse};
 use super::filters::Filter;
+use super::order::{Order, assigned, targets};
 use super::parser::Parsed;
+use super::visit::{children, visit, walk};
 
 /// A template whose names have places.
 #[derive(Debug)]
@@ -29,11 +31,13 @@ pub(super) struct Program {
 pub(super) fn resolve(mut parsed: Parsed) -> Result<Program, Refusal> {
     let macros = parsed.macros.drain(..).map(Some).collect();
     let mut resolver = Resolver { macros, ..Resolver::default() };
-    resolver.scopes.push(Scope::default());
+    let mut scope = Scope { order: Order::of(&mut parsed.body, &[]), ..Scope::default() };
     assigned(&parsed.body, &mut |name| {
-        let place = resolver.context_place(name);
-        resolver.scopes[0].places.insert(name.into(), place);
+        let is_hidden = scope.order.hides(name);
+        let place = || if is_hidden { resolver.new_place() } else { resolver.context_place(name) };
+        scope.places.entry(name.into()).or_insert_with(place);
     });
+    resolver.scopes.push(scope);
     resolver.body(&mut parsed.body)?;
     Ok(Program {
         body: parsed.body,
@@ -48,6 +52,7 @@ pub(super) fn resolve(mut parsed: Parsed) -> Result<Program, Refusal> {
 #[derive(Default)]
 struct Scope {
     places: HashMap<Box<str>, Place>,
+    order: Order,
 }
 
 #[derive(Default)]
@@ -62,29 +67,6 @@ struct Resolver {
     is_date_dependent: bool,
     has_generation: bool,
     line: u32,
-}
-
-/// Calls `found` for each name that `body` assigns in its own scope.
-fn assigned(body: &Body, found: &mut impl FnMut(&str)) {
-    for statement in body {
-        match &statement.kind {
-            Kind::Set(target, _) | Kind::SetBlock(target, ..) => targets(target, found),
-            Kind::Macro(name, _) => found(&name.text),
-            Kind::If(branches, otherwise) => {
-                branches.iter().for_each(|(_, body)| assigned(body, found));
-                assigned(otherwise, found);
-            }
-            _ => {}
-        }
-    }
-}
-
-fn targets(target: &Target, found: &mut impl FnMut(&str)) {
-    match target {
-        Target::Name(name) => found(&name.text),
-        Target::Attribute(..) => {}
-        Target::Tuple(parts) => parts.iter().for_each(|part| targets(part, found)),
-    }
 }
 
 /// Collects the names of the namespaces that `body` sets attributes of.
@@ -145,13 +127,13 @@ impl Resolver {
 
     /// Resolves a body with variables of its own; `parameters` are assigned by whoever enters it.
     fn scoped(&mut self, scoped: &mut Scoped, parameters: &mut [&mut Target]) -> Result<(), Refusal> {
-        self.enter(&scoped.body, &mut scoped.entry, parameters);
+        self.enter(scoped, parameters);
         self.body(&mut scoped.body)?;
         self.scopes.pop();
         Ok(())
     }
 
-    fn enter(&mut self, body: &Body, entry: &mut Entry, parameters: &mut [&mut Target]) {
+    fn enter(&mut self, scoped: &mut Scoped, parameters: &mut [&mut Target]) {
         let mut scope = Scope::default();
         for target in parameters.iter() {
             targets(target, &mut |name| {
@@ -159,11 +141,15 @@ impl Resolver {
                 scope.places.insert(name.into(), place);
             });
         }
-        assigned(body, &mut |name| {
+        let names: Vec<Box<str>> = scope.places.keys().cloned().collect();
+        scope.order = Order::of(&mut scoped.body, &names);
+        assigned(&scoped.body, &mut |name| {
             if !scope.places.contains_key(name) {
-                let outer = self.find(name).unwrap_or_else(|| self.context_place(name));
+                let is_hidden = scope.order.hides(name) && !self.scopes.iter().any(|outer| outer.order.knows(name));
+                let outer =
+                    if is_hidden { None } else { Some(self.find(name).unwrap_or_else(|| self.context_place(name))) };
                 let place = self.new_place();
-                entry.push((place, outer));
+                scoped.entry.push((place, outer));
                 scope.places.insert(name.into(), place);
             }
         });
@@ -227,7 +213,7 @@ impl Resolver {
     fn for_loop(&mut self, definition: &mut For) -> Result<(), Refusal> {
         self.expr(&mut definition.iterable)?;
         self.scoped(&mut definition.otherwise, &mut [])?;
-        self.enter(&definition.scoped.body, &mut definition.scoped.entry, &mut [&mut definition.target]);
+        self.enter(&mut definition.scoped, &mut [&mut definition.target]);
         // The place of `loop` exists in every loop, so that an inner loop hides the outer one; it is filled where it is read.
         let place = self.new_place();
         self.innermost().places.insert("loop".into(), place);
@@ -266,11 +252,7 @@ impl Resolver {
         let mut definition = self.macros[index].take().expect("a macro is defined once");
         self.num_local = Some(0);
         let mut parameters: Vec<Target> = definition.parameters.drain(..).map(Target::Name).collect();
-        self.enter(
-            &definition.scoped.body,
-            &mut definition.scoped.entry,
-            &mut parameters.iter_mut().collect::<Vec<_>>(),
-        );
+        self.enter(&mut definition.scoped, &mut parameters.iter_mut().collect::<Vec<_>>());
         for default in &mut definition.defaults {
             self.expr(default)?;
         }
@@ -333,99 +315,5 @@ impl Resolver {
             }
         }
         Ok(())
-    }
-}
-
-/// Calls `found` for each expression directly inside of `expr`, in the order of evaluation but for `if else`.
-fn children(expr: &mut Expr, found: &mut impl FnMut(&mut Expr)) {
-    match expr {
-        Expr::None
-        | Expr::Bool(_)
-        | Expr::Int(_)
-        | Expr::Float(_)
-        | Expr::Text(_)
-        | Expr::Name(_)
-        | Expr::Function(_) => {}
-        Expr::Sequence(_, items) | Expr::Concat(items) => items.iter_mut().for_each(found),
-        Expr::Dict(pairs) => pairs.iter_mut().for_each(|(key, value)| {
-            found(key);
-            found(value);
-        }),
-        Expr::Attribute(value, ..) | Expr::Not(value) | Expr::Negative(value) | Expr::Positive(value) => found(value),
-        Expr::Item(value, key) => {
-            found(value);
-            found(key);
-        }
-        Expr::Slice(value, bounds) => {
-            found(value);
-            bounds.iter_mut().flatten().for_each(found);
-        }
-        Expr::Binary(_, pair) | Expr::And(pair) | Expr::Or(pair) => {
-            found(&mut pair.0);
-            found(&mut pair.1);
-        }
-        Expr::Compare(first, rest) => {
-            found(first);
-            rest.iter_mut().for_each(|(_, value)| found(value));
-        }
-        Expr::Conditional(parts) => {
-            found(&mut parts.0);
-            found(&mut parts.1);
-            parts.2.iter_mut().for_each(found);
-        }
-        Expr::Filter(value, call) => {
-            found(value);
-            call.arguments.iter_mut().for_each(&mut *found);
-            call.named.iter_mut().for_each(|(_, value)| found(value));
-        }
-        Expr::Test(value, call) => {
-            found(value);
-            call.arguments.iter_mut().for_each(&mut *found);
-            call.named.iter_mut().for_each(|(_, value)| found(value));
-        }
-        Expr::Call(call) => {
-            found(&mut call.callee);
-            call.arguments.iter_mut().for_each(&mut *found);
-            call.named.iter_mut().for_each(|(_, value)| found(value));
-        }
-    }
-}
-
-/// Calls `found` for `expr` and every expression inside of it.
-fn visit(expr: &mut Expr, found: &mut dyn FnMut(&mut Expr)) {
-    found(expr);
-    children(expr, &mut |child| visit(child, found));
-}
-
-/// Calls `found` for every expression of `body` in which `loop` means the loop around `body`.
-fn walk(body: &mut Body, found: &mut dyn FnMut(&mut Expr)) {
-    for statement in body {
-        match &mut statement.kind {
-            Kind::Text(_) | Kind::Break | Kind::Continue | Kind::Macro(..) => {}
-            Kind::Print(value) | Kind::Set(_, value) => visit(value, found),
-            Kind::SetBlock(_, filters, scoped) | Kind::FilterBlock(filters, scoped) => {
-                for filter in filters {
-                    filter.arguments.iter_mut().for_each(|value| visit(value, found));
-                    filter.named.iter_mut().for_each(|(_, value)| visit(value, found));
-                }
-                walk(&mut scoped.body, found);
-            }
-            Kind::If(branches, otherwise) => {
-                for (test, body) in branches {
-                    visit(test, found);
-                    walk(body, found);
-                }
-                walk(otherwise, found);
-            }
-            Kind::For(inner) => {
-                visit(&mut inner.iterable, found);
-                walk(&mut inner.otherwise.body, found);
-            }
-            Kind::With(values, scoped) => {
-                values.iter_mut().for_each(|(_, value)| visit(value, found));
-                walk(&mut scoped.body, found);
-            }
-            Kind::Generation(scoped) => walk(&mut scoped.body, found),
-        }
     }
 }
