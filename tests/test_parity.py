@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerFast
 import sft_fast
 
 # Families with a chat template of their own in the package; each differs in added tokens, pre-tokenizer or template.
-MODELS = ["qwen-2.5", "deepseek-v3", "glm-4", "qwen2.5-omni-3b"]
+MODELS = ["qwen-2.5", "qwen-3", "deepseek-v3", "deepseek-v3.1", "glm-4", "qwen2.5-omni-3b"]
 
 TEXTS = [
     "What is the capital of France?",
     "  Leading and trailing spaces, tabs\tand\n\n\nnewlines \n",
     "def f(x):\n    return x**2  # it's 3.14159, don't\r\n",
     "混合中文、English 和 emoji 👩‍👩‍👧 🇫🇷, e\u0301 (decomposed), ﬁ, İ, ſ, \u00a0, \u200b, \u2028 end",
-    "1234567 12.5% 1e-9 'S 'll '\u017f ... --- !!! <think>no</think>",
+    "1234567 12.5% 1e-9 'S 'll '\u017f ... --- !!! <b>no</b>",
     "日本語のテキスト。한국어 문장입니다. नमस्ते दुनिया. مرحبا بالعالم",
 ]
 CONVERSATIONS: list[list[dict[str, str]]] = [
