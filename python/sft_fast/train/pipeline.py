@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from sft_fast import Dataset, Report, ensure_dataset
 from sft_fast.config import resolved_yaml
 from sft_fast.console import PreprocessProgress, count, report_table, seconds, stdout_console, two_columns
-from sft_fast.errors import ConfigError, DatasetError, SftFastError, TrainError
+from sft_fast.errors import ConfigError, SftFastError, TrainError
 from sft_fast.train.checkpoint import (
     Checkpoint,
     TrainState,
@@ -239,12 +239,6 @@ class SFTPipeline:
                     files, config.data_cache_dir, progress=progress, **config.preprocess_options()
                 )
             stdout_console().print(report_table(reports[name], f"{name} data"))
-            if reports[name].num_samples == 0:
-                raise DatasetError(
-                    "no record became a sample",
-                    path=reports[name].path,
-                    hint=f"see {os.path.join(reports[name].path, 'rejected.jsonl')}",
-                )
         return reports
 
     def _initial_state(self, report: Report) -> TrainState:

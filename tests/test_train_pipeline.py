@@ -1,0 +1,292 @@
+"""Whole runs on one rank in this process: what they leave, how they stop, and how they go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sft_fast import ConfigError, TrainError
+from sft_fast.config import SFTConfig, load_config, resolved_yaml
+from sft_fast.train import pipeline as pipelines
+from sft_fast.train.checkpoint import find_checkpoints
+from sft_fast.train.metrics import MetricsFile, StepMetrics
+from sft_fast.train.pipeline import SFTPipeline
+from sft_fast.train.plan import BatchArithmetic, train_stream
+from sft_fast.train.tracking import create_tracker
+from tests.train_helpers import Workspace, dataset_of, plain_loop, write_records
+
+# What differs between two runs that do the same.
+TIMES = {"step_seconds", "tokens_per_second", "data_wait_seconds"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A tiny model and records."""
+    return Workspace.create(tmp_path_factory.mktemp("pipeline"))
+
+
+def config_in(workspace: Workspace, directory: Path, **changes: Any) -> SFTConfig:
+    """A run that leaves everything below a directory."""
+    return workspace.config(output_dir=str(directory / "out"), logging_dir=str(directory / "logs"), **changes)
+
+
+def run(config: SFTConfig) -> list[dict[str, Any]]:
+    """Runs, and gives the lines of the metrics file without what is never the same."""
+    SFTPipeline(config, use_ray=False).run()
+    return metrics_of(config)
+
+
+def metrics_of(config: SFTConfig) -> list[dict[str, Any]]:
+    """The lines of the metrics file without what is never the same."""
+    lines = (Path(config.logging_dir) / config.exp_name / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+
+
+def test_a_run_leaves_what_it_promises(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Metrics by the documented names, validation and checkpoints when due and at the end, log, model, arithmetic."""
+    config = config_in(
+        workspace,
+        tmp_path,
+        validation=True,
+        eval_steps=2,
+        save_steps=3,
+        max_ckpt_to_keep=2,
+        training={"max_steps": 7},
+        export_dir=str(tmp_path / "model"),
+    )
+    metrics = run(config)
+    num_steps, num_steps_per_epoch = 7, train_stream(config, dataset_of(config)).num_steps_per_epoch
+    directory = Path(config.logging_dir) / "sft"
+
+    assert [line["step"] for line in metrics] == list(range(1, num_steps + 1))
+    assert [line["step"] for line in metrics if "val_loss" in line] == [2, 4, 6, 7]
+    assert {field for line in metrics for field in line} | TIMES == set(StepMetrics.__dataclass_fields__)
+    assert metrics[-1]["epoch"] == num_steps / num_steps_per_epoch
+    for line, (loss, norm) in zip(metrics, plain_loop(config), strict=True):
+        assert (line["loss"], line["grad_norm"]) == pytest.approx((loss, norm), rel=2e-5)
+    assert [checkpoint.state.step for checkpoint in find_checkpoints(config.output_dir)] == [6, 7]
+    best = min(line["val_loss"] for line in metrics if "val_loss" in line)
+    assert find_checkpoints(config.output_dir)[-1].state.best_val_loss == best
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert f"step {num_steps}/{num_steps}" in (directory / "train.log").read_text()
+    assert "2 packs a micro-batch x 2 micro-batches x 1 ranks = 4 packs" in " ".join(capsys.readouterr().out.split())
+
+
+def test_metrics_reach_tensorboard(workspace: Workspace, tmp_path: Path) -> None:
+    """TensorBoard shows the values of the metrics file, step by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = config_in(workspace, tmp_path, track_with="tensorboard", training={"max_steps": 3})
+    metrics = run(config)
+    events = EventAccumulator(str(Path(config.logging_dir) / "sft" / "tensorboard"))
+    events.Reload()
+
+    assert [event.step for event in events.Scalars("sft_train/loss")] == [1, 2, 3]
+    for name in ("loss", "grad_norm", "learning_rate", "num_tokens"):
+        shown = [event.value for event in events.Scalars(f"sft_train/{name}")]
+        assert shown == pytest.approx([line[name] for line in metrics], rel=1e-6)
+
+
+def test_metrics_reach_stdout(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`track_with: stdout` prints one JSON object a logged step; `logging_steps` says which, the last one included."""
+    run(config_in(workspace, tmp_path, track_with="stdout", logging_steps=2, training={"max_steps": 5}))
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"step"')]
+
+    assert [line["step"] for line in printed] == [2, 4, 5]
+
+
+def test_no_secret_is_left_behind(workspace: Workspace, tmp_path: Path) -> None:
+    """The key of a tracker is in no file of the run, and the configuration that is kept reads back."""
+    config = config_in(
+        workspace, tmp_path, track_with="stdout", tracker_kwargs={"api_key": "S3CRET"}, training={"max_steps": 1}
+    )
+    run(config)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    assert files
+    assert not [path for path in files if b"S3CRET" in path.read_bytes()]
+    kept = load_config(tmp_path / "logs" / "sft", "config")
+    assert yaml.safe_load(resolved_yaml(kept)) == yaml.safe_load(resolved_yaml(config))
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says which package is missing and that metrics are written in any case."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="wandb") as caught:
+        create_tracker("wandb", {}, exp_name="x", run_directory=tmp_path, resolved_config="{}")
+    assert "metrics.jsonl" in str(caught.value.hint)
+
+
+def test_resuming_a_run_changes_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    """A run that is stopped half way and resumed leaves the metrics and the model of one that is not."""
+    options: dict[str, Any] = {"validation": True, "eval_steps": 2, "save_steps": 2}
+    straight = config_in(workspace, tmp_path / "a", **options, export_dir=str(tmp_path / "a" / "model"))
+    expected = run(straight)
+
+    stopped = config_in(workspace, tmp_path / "b", **options, export_dir=str(tmp_path / "b" / "model"))
+    for name in ("checkpoint-2", "checkpoint-4"):  # as if killed after these
+        source = Path(straight.output_dir) / "sft_train" / name
+        target = Path(stopped.output_dir) / "sft_train" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+    logs = Path(stopped.logging_dir) / "sft"
+    logs.mkdir(parents=True)
+    lines = (Path(straight.logging_dir) / "sft" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (logs / "metrics.jsonl").write_text("".join(lines[:5]))
+    stopped.resume_from_checkpoint = True
+
+    assert run(stopped) == expected
+    models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in "ab"]
+    assert models[0] == models[1]
+    assert {c.state.run_id for c in find_checkpoints(stopped.output_dir)} == {
+        c.state.run_id for c in find_checkpoints(straight.output_dir)
+    }
+
+
+def test_a_killed_run_resumes(workspace: Workspace, tmp_path: Path) -> None:
+    """Killed without warning (its driver with it), a run goes on from its last checkpoint to the same end."""
+    options: dict[str, Any] = {"save_steps": 2, "training": {"num_train_epochs": 3}}
+    expected = run(config_in(workspace, tmp_path / "whole", **options))
+    config = config_in(workspace, tmp_path / "killed", **options, resume_from_checkpoint=True)
+    (tmp_path / "config.yaml").write_text(resolved_yaml(config))
+    program = (
+        "from sft_fast.config import load_config\n"
+        "from sft_fast.train.pipeline import SFTPipeline\n"
+        f"SFTPipeline(load_config({str(tmp_path)!r}, 'config'), use_ray=False).run()\n"
+    )
+    metrics = Path(config.logging_dir) / "sft" / "metrics.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 5:
+            break
+        time.sleep(0.002)
+    process.kill()
+    _, errors = process.communicate()
+
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert run(config) == expected
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM saves after the step under way; the run then goes on to the end of one that was not stopped."""
+    expected = run(config_in(workspace, tmp_path / "whole"))
+    config = config_in(workspace, tmp_path / "stopped", resume_from_checkpoint=True)
+    write = MetricsFile.write
+
+    def write_and_signal(self: MetricsFile, metrics: StepMetrics) -> None:
+        write(self, metrics)
+        if metrics.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsFile, "write", write_and_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainError, match="stopped by SIGTERM"):
+        run(config)
+    monkeypatch.undo()
+
+    assert signal.getsignal(signal.SIGTERM) == before
+    (checkpoint,) = find_checkpoints(config.output_dir)
+    assert 2 < checkpoint.state.step <= 4
+    assert run(config) == expected
+
+
+def test_a_run_that_is_done_is_not_trained_again(workspace: Workspace, tmp_path: Path) -> None:
+    """Resuming a finished run only exports its model once more."""
+    config = config_in(workspace, tmp_path, export_dir=str(tmp_path / "model"), training={"max_steps": 2})
+    first = run(config)
+    exported = (tmp_path / "model" / "model.safetensors").read_bytes()
+    config.resume_from_checkpoint = True
+
+    assert run(config) == first
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == exported
+
+
+def test_other_data_cannot_be_resumed(workspace: Workspace, tmp_path: Path) -> None:
+    """A checkpoint of a run over other records is refused before anything is trained or overwritten."""
+    config = config_in(workspace, tmp_path, training={"max_steps": 1})
+    before = run(config)
+    config.resume_from_checkpoint = True
+    config.sft_train.data_args.file_name = str(write_records(tmp_path / "other.jsonl", 12, seed=5))
+
+    with pytest.raises(ConfigError, match="the training data") as caught:
+        run(config)
+    assert caught.value.location == "resume_from_checkpoint"
+    assert metrics_of(config) == before
+
+
+@pytest.mark.parametrize("removed", ["", "config.json", "tokenizer.json"])
+def test_a_broken_model_directory_is_refused_at_once(workspace: Workspace, tmp_path: Path, removed: str) -> None:
+    """A directory that is missing, or lacks its configuration or tokenizer, is named; nothing is written."""
+    directory = tmp_path / "model"
+    if removed:
+        directory.mkdir()
+        for path in workspace.model_dir.iterdir():
+            if path.name != removed:
+                (directory / path.name).symlink_to(path)
+    config = config_in(workspace, tmp_path, pretrain=str(directory))
+
+    with pytest.raises(ConfigError) as caught:
+        SFTPipeline(config)
+    assert caught.value.path == str(directory / removed)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_unknown_strategy_is_refused_at_once(workspace: Workspace, tmp_path: Path) -> None:
+    """The name of the strategy is checked before any work."""
+    config = config_in(workspace, tmp_path)
+    config.sft_train.strategy_args.strategy_name = "megatron_train"
+    with pytest.raises(ConfigError, match="megatron_train"):
+        SFTPipeline(config)
+
+
+def test_the_driver_stays_a_step_ahead(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is handed out before the reports of the one before are read, and no further ahead than that."""
+    events: list[tuple[str, int]] = []
+
+    class Recorder(pipelines.LocalCluster):
+        """Notes when work is handed out."""
+
+        def submit(self, method: str, *arguments: Any) -> Any:
+            if method == "train_step":
+                events.append(("out", arguments[0] + 1))
+            return super().submit(method, *arguments)
+
+    write = MetricsFile.write
+
+    def noted(self: MetricsFile, metrics: StepMetrics) -> None:
+        events.append(("read", metrics.step))
+        write(self, metrics)
+
+    monkeypatch.setattr(pipelines, "LocalCluster", Recorder)
+    monkeypatch.setattr(MetricsFile, "write", noted)
+    run(config_in(workspace, tmp_path, training={"max_steps": 4}))
+
+    expected = [("out", 1), ("out", 2), ("read", 1), ("out", 3), ("read", 2), ("out", 4), ("read", 3), ("read", 4)]
+    assert events == expected
+
+
+def test_the_arithmetic_adds_up(workspace: Workspace) -> None:
+    """What is printed before a run is what the run does."""
+    config = workspace.config(ranks=2, rows=3, micro_batches=2)
+    stream = train_stream(config, dataset_of(config))
+    arithmetic = BatchArithmetic.of(config, stream)
+    table = dict(arithmetic.rows())
+
+    assert "3 packs a micro-batch x 2 micro-batches x 2 ranks = 12 packs" in table["global batch"]
+    assert "at most 1,152 tokens" in table["global batch"]
+    assert table["ranks"] == "2"
+    assert table["steps"] == f"{stream.num_steps}, {stream.num_steps_per_epoch} an epoch"
+    assert arithmetic.num_samples == 24
