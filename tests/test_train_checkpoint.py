@@ -182,6 +182,7 @@ def test_nothing_to_resume_is_a_fresh_start(tmp_path: Path) -> None:
         ({"sequence_length": 32}, "sequence_length"),
         ({"num_rows_per_step": 8}, "gradient_accumulation_steps"),
         ({"is_packed": False}, "use_sequence_packing"),
+        ({"zero_stage": 3}, "zero_optimization.stage"),
         ({"model_args": {"dtype": "bf16"}}, "dtype"),
         ({"model_args": {"dtype": "fp32", "lora_target": "all-linear"}}, "lora_target"),
     ],

@@ -184,24 +184,34 @@ def test_two_ranks_resume_to_the_last_bit(workspace: Workspace, two_ranks: Clust
 
 
 @pytest.mark.ray
-def test_a_run_under_ray_is_that_of_one_rank(workspace: Workspace, ray_session: Any, tmp_path: Path) -> None:
-    """The whole pipeline on two ranks writes the metrics of one rank, and ends its processes."""
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    workspace: Workspace, ray_session: Any, tmp_path: Path, stage: int
+) -> None:
+    """The whole pipeline on two ranks, then on one from its checkpoint, writes the metrics of one rank alone."""
     metrics = []
-    for ranks, directory in ((2, tmp_path / "two"), (1, tmp_path / "one")):
-        config = workspace.config(
-            ranks=ranks,
-            micro_batches=2 // ranks,
-            output_dir=str(directory),
-            logging_dir=str(directory),
-            training={"max_steps": 3},
-        )
-        SFTPipeline(config, use_ray=ranks > 1).run()
-        lines = (directory / "sft" / "metrics.jsonl").read_text().splitlines()
+    for name, several_ranks in (("alone", (1,)), ("changing", (2, 1))):
+        for ranks in several_ranks:
+            config = workspace.config(
+                stage=stage,
+                ranks=ranks,
+                micro_batches=2 // ranks,
+                output_dir=str(tmp_path / name),
+                logging_dir=str(tmp_path / name),
+                resume_from_checkpoint=True,
+                export_dir=str(tmp_path / f"model-{name}"),
+                training={"max_steps": 2 if ranks == 2 else 5, "lr_scheduler_type": "constant"},
+            )
+            SFTPipeline(config, use_ray=ranks > 1).run()
+        lines = (tmp_path / name / "sft" / "metrics.jsonl").read_text().splitlines()
         metrics.append([json.loads(line) for line in lines])
 
-    for two, one in zip(*metrics, strict=True):
+    assert [line["step"] for line in metrics[1]] == [1, 2, 3, 4, 5]
+    for one, changing in zip(*metrics, strict=True):
         for name in ("step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "num_label_tokens"):
-            assert two[name] == pytest.approx(one[name], rel=2e-5)
+            assert changing[name] == pytest.approx(one[name], rel=5e-5)
+    checkpoints_left = sorted(path.name for path in (tmp_path / "changing" / "sft_train").iterdir())
+    assert checkpoints_left == ["checkpoint-2", "checkpoint-5"]
     assert ray_session.is_initialized(), "what the pipeline did not start it does not stop"
 
 

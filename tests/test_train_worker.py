@@ -269,12 +269,14 @@ def test_adapters_train_alone_and_are_merged(workspace: Workspace, tmp_path: Pat
     assert weights < 4 * 2 * 4 * (32 * 4 * 6) * 4, "the frozen weights are not saved again"
 
 
-def test_frozen_modules_do_not_move(workspace: Workspace, tmp_path: Path) -> None:
-    """`freeze_module_prefix` leaves those weights as they were, and a resumed run goes on exactly."""
+@pytest.mark.parametrize("stage", [1, 3])
+def test_frozen_modules_do_not_move(workspace: Workspace, tmp_path: Path, stage: int) -> None:
+    """`freeze_module_prefix` leaves those weights as they were; resumption and exports are exact."""
     from transformers import AutoModelForCausalLM
 
+    frozen = ("model.embed_tokens", "model.layers.0")
     config = workspace.config(
-        model={"freeze_module_prefix": "model.embed_tokens,model.layers.0"}, output_dir=str(tmp_path)
+        stage=stage, model={"freeze_module_prefix": ",".join(frozen)}, output_dir=str(tmp_path / "out")
     )
     worker = start_worker(config)
     straight = [worker.train_step(step) for step in range(3)]
@@ -286,14 +288,16 @@ def test_frozen_modules_do_not_move(workspace: Workspace, tmp_path: Path) -> Non
     worker.close()
     worker = start_worker(config, path)
     resumed = [worker.train_step(step) for step in (1, 2)]
+    export_checkpoint(str(save(worker, config, 3)), str(tmp_path / "exported"))
     worker.close()
 
     assert curve(resumed) == curve(straight[1:])
     before = AutoModelForCausalLM.from_pretrained(config.pretrain).state_dict()
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
-    for name, weight in after.items():
-        is_frozen = name.startswith(("model.embed_tokens", "model.layers.0"))
-        assert torch.equal(weight, before[name]) == is_frozen, name
+    for directory in ("run", "exported"):
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / directory).state_dict()
+        assert {name for name in after if torch.equal(after[name], before[name])} == {
+            name for name in before if name.startswith(frozen)
+        }
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(workspace: Workspace) -> None:

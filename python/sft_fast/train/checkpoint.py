@@ -68,6 +68,7 @@ class TrainState:
         "is_packed": "sft_train.use_sequence_packing",
         "num_rows_per_step": "per_device_train_batch_size x gradient_accumulation_steps x data-parallel ranks",
         "dtype": "sft_train.model_args.dtype",
+        "zero_stage": "sft_train.strategy_args.strategy_config.zero_optimization.stage",
         "adapters": "sft_train.model_args.lora_target, lora_rank, additional_target",
     }
 

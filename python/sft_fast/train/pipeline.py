@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 import uuid
@@ -22,6 +23,7 @@ from sft_fast.config import resolved_yaml
 from sft_fast.console import PreprocessProgress, count, report_table, seconds, stdout_console, two_columns
 from sft_fast.errors import ConfigError, SftFastError, TrainError
 from sft_fast.train.checkpoint import (
+    CLUSTER_NAME,
     Checkpoint,
     TrainState,
     check_agreement,
@@ -37,6 +39,7 @@ from sft_fast.train.plan import BatchArithmetic, train_stream, validation_stream
 from sft_fast.train.progress import RunProgress, logger, open_log_file
 from sft_fast.train.strategy import check_strategy_name
 from sft_fast.train.strategy.deepspeed_config import make_deepspeed_config
+from sft_fast.train.strategy.universal import convert_checkpoint
 from sft_fast.train.tracking import Tracker, create_tracker
 
 if TYPE_CHECKING:
@@ -131,10 +134,15 @@ class SFTPipeline:
             progress.note(f"resuming after step {count(state.step)} from {resumed.path}")
         elif config.resume_from_checkpoint:
             progress.note(f"no complete checkpoint under {config.output_dir}: starting from {config.pretrain}")
-        cluster: Ranks = Cluster(config) if self._use_ray else LocalCluster(config)
-        try:
+        with self._loadable(resumed, progress) as (checkpoint, is_universal):
+            cluster: Ranks = Cluster(config) if self._use_ray else LocalCluster(config)
             start = time.perf_counter()
-            cluster.initialize(config, train_path, val_path, str(resumed.path) if resumed is not None else None)
+            try:
+                cluster.initialize(config, train_path, val_path, checkpoint, is_universal)
+            except BaseException:
+                cluster.shutdown()
+                raise
+        try:
             progress.note(f"ranks ready: {cluster.world_size}, after {seconds(time.perf_counter() - start)}")
             with self._catching_signals():
                 self._loop(cluster, num_steps, val_path is not None, state, metrics, tracker, progress)
@@ -143,6 +151,23 @@ class SFTPipeline:
                 progress.note(f"the model is in {config.export_dir}")
         finally:
             cluster.shutdown()
+
+    @contextlib.contextmanager
+    def _loadable(self, resumed: Checkpoint | None, progress: RunProgress) -> Iterator[tuple[str | None, bool]]:
+        """The directory to load (None for a fresh start), and whether it was converted for this number of ranks."""
+        config = self._config
+        if resumed is None or resumed.state.world_size == config.sft_train.world_size:
+            yield None if resumed is None else str(resumed.path), False
+            return
+        progress.note(
+            f"converting the checkpoint of {resumed.state.world_size} ranks for {config.sft_train.world_size}"
+        )
+        converted = staging_directory(config.output_dir, resumed.state.step)
+        try:
+            convert_checkpoint(resumed.path / CLUSTER_NAME, converted / CLUSTER_NAME)
+            yield str(converted), True
+        finally:
+            shutil.rmtree(converted, ignore_errors=True)
 
     def _loop(
         self,

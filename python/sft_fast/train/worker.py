@@ -74,6 +74,7 @@ class SFTWorker:
         train_path: str,
         val_path: str | None = None,
         checkpoint: str | None = None,
+        is_universal: bool = False,
     ) -> None:
         """Opens the data sets, loads the model, and goes back to a checkpoint where there is one.
 
@@ -83,6 +84,7 @@ class SFTWorker:
             train_path: directory of the training data set.
             val_path: directory of the validation data set, if there is one.
             checkpoint: directory of a complete checkpoint.
+            is_universal: whether it was converted for another number of ranks.
 
         Raises:
             ConfigError: the model, the strategy or their settings cannot be used.
@@ -98,7 +100,7 @@ class SFTWorker:
         self._strategy.initialize(self._load_model)
         check_model(self._strategy.model, self._strategy.device)
         if checkpoint is not None:
-            self._strategy.load(checkpoint, CLUSTER_NAME)
+            self._strategy.load(checkpoint, CLUSTER_NAME, is_universal=is_universal)
 
     def _load_model(self) -> SFTModel:
         config = self._config

@@ -81,8 +81,8 @@ class TrainStrategy(abc.ABC):
         """Writes weights and optimizer state to `<directory>/<tag>/`; returns when every rank has written."""
 
     @abc.abstractmethod
-    def load(self, directory: str, tag: str) -> None:
-        """Reads what `save` wrote with the same number of ranks."""
+    def load(self, directory: str, tag: str, *, is_universal: bool = False) -> None:
+        """Reads what `save` wrote with the same number of ranks, or what `convert_checkpoint` made of it for any."""
 
     @abc.abstractmethod
     def gather_weights(self) -> dict[str, Any] | None:

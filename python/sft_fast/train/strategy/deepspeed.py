@@ -132,18 +132,32 @@ class DeepSpeedStrategy(TrainStrategy):
     @override
     def save(self, directory: str, tag: str) -> None:
         # `latest` would point at this checkpoint before it is whole; which one is newest is decided elsewhere.
-        self._engine.save_checkpoint(directory, tag=tag, save_latest=False, exclude_frozen_parameters=self._has_frozen)
+        self._engine.save_checkpoint(
+            directory, tag=tag, save_latest=False, exclude_frozen_parameters=self._has_adapters
+        )
 
     @override
-    def load(self, directory: str, tag: str) -> None:
-        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_module_strict=not self._has_frozen)
+    def load(self, directory: str, tag: str, *, is_universal: bool = False) -> None:
+        groups = self._optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        # DeepSpeed takes this from its settings; which kind of checkpoint it is shows only now.
+        self._engine._config.load_universal_checkpoint = is_universal
+        path, _ = self._engine.load_checkpoint(directory, tag=tag, load_module_strict=not self._has_adapters)
+        self._engine._config.load_universal_checkpoint = False
+        # The optimizer's settings are for the configuration to say. From a converted checkpoint, stage 3 gives those of
+        # one group to all groups, and makes all share one step counter, which then counts each step once a group.
+        for group, values in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(values)
+        for state in self._optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
         if path is None:
             raise TrainError(f"DeepSpeed could not load the checkpoint {tag}", path=directory, code="checkpoint")
 
     @property
-    def _has_frozen(self) -> bool:
-        """Whether some weights stay as they are in `pretrain`, so that a checkpoint need not hold them."""
-        return any(not parameter.requires_grad for parameter in self._engine.module.parameters())
+    def _has_adapters(self) -> bool:
+        """Whether only adapters are trained, so that a checkpoint need not hold the weights of `pretrain`."""
+        return bool(self._config.sft_train.model_args.lora_target)
 
     @property
     @override
