@@ -1,13 +1,18 @@
-"""What the tests of the data layer share: records, datasets made of them, and looks at a disk."""
+"""What the tests of the data layer share: records, datasets made of them, and a writer of datasets of its own."""
 
+import hashlib
+import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from sft_fast import Dataset, data, preprocess
 
@@ -74,3 +79,90 @@ def contents(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, hidden ones too, with its bytes; a directory counts as an empty file."""
     paths = sorted(directory.rglob("*"))
     return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b"" for path in paths}
+
+
+def write_dataset(
+    directory: Path,
+    samples: Sequence[PlainSample],
+    *,
+    vocab_size: int = 300,
+    shard_sizes: Sequence[int] = (),
+    change_tensors: Callable[[dict[str, Any]], object] = len,
+    **changes: Any,
+) -> Path:
+    """Writes a dataset from docs/format.md alone.
+
+    Args:
+        directory: Where.
+        samples: The samples; sample i comes from line i + 1 of `data.jsonl`.
+        vocab_size: One more than the largest token id.
+        shard_sizes: Samples of each shard; the last shard holds the others.
+        change_tensors: Is given the tensors of each shard before they are written.
+        changes: Values of the manifest that are to be others.
+    """
+    directory.mkdir(parents=True)
+    token_type = "U16" if vocab_size <= 2**16 else "U32"
+    bounds = np.cumsum([0, *shard_sizes, len(samples) - sum(shard_sizes)])
+    shards = []
+    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+        part = samples[start:end]
+        ids = [token for sample_ids, _ in part for token in sample_ids]
+        mask = [is_label for _, sample_mask in part for is_label in sample_mask]
+        tensors = {
+            "sample_offsets": np.cumsum([0, *(len(sample_ids) for sample_ids, _ in part)]).astype(np.uint32),
+            "sample_records": np.array([(0, line) for line in range(start + 1, end + 1)], np.uint32).reshape(-1, 2),
+            "token_ids": np.array(ids, np.uint16 if token_type == "U16" else np.uint32),
+            "label_mask": np.packbits(np.array(mask, bool), bitorder="little"),
+        }
+        change_tensors(tensors)
+        path = directory / f"shard-{number:05}.safetensors"
+        save_file(tensors, path, metadata={"format": "sft-fast-shard-1"})
+        content = path.read_bytes()
+        shards.append(
+            {
+                "name": path.name,
+                "num_bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "num_samples": len(part),
+                "num_tokens": len(ids),
+            }
+        )
+    (directory / "rejected.jsonl").write_bytes(b"")
+    lengths = sorted(len(ids) for ids, _ in samples) or [0]
+    manifest = {
+        "format": "sft-fast dataset",
+        "format_version": 1,
+        "fingerprint": "0" * 64,
+        "recipe": {
+            "sequence_length": 1 << 20,
+            "too_long": "reject",
+            "system_key": None,
+            "prompt_key": "instruction",
+            "query_key": None,
+            "response_key": "output",
+            "tokenizer_sha256": "0" * 64,
+            "template_sha256": "0" * 64,
+            "template_date": None,
+        },
+        "tokenizer": "model",
+        "template": "native",
+        "template_verdict": {},
+        "vocab_size": vocab_size,
+        "pad_token_id": 0,
+        "token_type": token_type,
+        "files": [{"path": "data.jsonl", "num_bytes": 1, "blake3": "0" * 64, "num_records": len(samples)}],
+        "num_records": len(samples),
+        "num_samples": len(samples),
+        "num_rejected": 0,
+        "rejected_by_reason": {},
+        "num_truncated": 0,
+        "num_tokens": sum(len(ids) for ids, _ in samples),
+        "num_label_tokens": sum(sum(mask[1:]) for _, mask in samples),
+        "sample_tokens": {
+            name: lengths[max(0, -(-len(lengths) * percent // 100) - 1)]
+            for name, percent in (("min", 0), ("p50", 50), ("p90", 90), ("p99", 99), ("max", 100))
+        },
+        "shards": shards,
+    }
+    (directory / "manifest.json").write_text(json.dumps({**manifest, **changes}), encoding="utf-8")
+    return directory

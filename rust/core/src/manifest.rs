@@ -156,10 +156,8 @@ impl Manifest {
             let Self { vocab_size, pad_token_id, .. } = self;
             return Err(format!("expected pad_token_id to be below vocab_size {vocab_size}, found {pad_token_id}"));
         }
-        match self.shards.iter().find(|shard| !is_shard_name(&shard.name)) {
-            Some(shard) => {
-                Err(format!("expected the name of a shard, such as shard-00000.safetensors, found {:?}", shard.name))
-            }
+        match self.shards.iter().zip(0..).find(|&(shard, number)| shard.name != shard_name(number)) {
+            Some((shard, number)) => Err(format!("expected the name {}, found {:?}", shard_name(number), shard.name)),
             None => Ok(()),
         }
     }

@@ -3,7 +3,7 @@
 use std::num::NonZero;
 use std::sync::Arc;
 
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadwriteArray2};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadwriteArray2, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 use sft_fast_core::batch::{Arrays, Segments, fill};
@@ -151,6 +151,10 @@ impl Packing {
             return Err(PyValueError::new_err(format!("{expected}, found shapes {shape:?} and {shapes:?}")));
         }
         let contiguous = || PyValueError::new_err("expected C-contiguous arrays");
+        // A slice of a Fortran-ordered array could be had too, and would be filled in the wrong order.
+        if ![&input_ids, &labels, &position_ids].iter().all(|array| array.is_c_contiguous()) {
+            return Err(contiguous());
+        }
         let arrays = Arrays {
             input_ids: input_ids.as_slice_mut().map_err(|_| contiguous())?,
             labels: labels.as_slice_mut().map_err(|_| contiguous())?,
