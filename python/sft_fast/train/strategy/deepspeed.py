@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -20,6 +20,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from typing_extensions import override
 
 from sft_fast.errors import TrainError
@@ -64,13 +65,27 @@ class DeepSpeedStrategy(TrainStrategy):
     @override
     def initialize(self, load_model: Callable[[], SFTModel]) -> None:
         self._join()
-        model = load_model()
+        with self._partitioned_loading():
+            model = load_model()
         arguments = self._config.sft_train.training_args
         self._optimizer = make_optimizer(model, arguments)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints the memory, again and again
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=self._optimizer, config=self._settings, dist_init_required=False
             )
+
+    @contextlib.contextmanager
+    def _partitioned_loading(self) -> Iterator[None]:
+        """At stage 3, transformers splits each weight over the ranks as it is read, so that no rank holds the model."""
+        if self.zero_stage < 3:
+            yield
+            return
+        told = HfDeepSpeedConfig(self._settings)  # transformers keeps a weak reference and looks at it while it loads
+        try:
+            yield
+        finally:
+            del told
+            unset_hf_deepspeed_config()
 
     def _join(self) -> None:
         """Makes the process group, once a process."""
