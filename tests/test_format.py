@@ -294,7 +294,7 @@ def test_verify_counts_samples_lengths_and_rejects(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shard-00001.safetensors"])
-@pytest.mark.parametrize("replace", [lambda path: None, Path.mkdir, os.mkfifo], ids=["nothing", "directory", "pipe"])
+@pytest.mark.parametrize("replace", [Path.exists, Path.mkdir, os.mkfifo], ids=["nothing", "directory", "pipe"])
 def test_a_missing_file_is_named(whole: Path, name: str, replace: Callable[[Path], object]) -> None:
     """A manifest or shard that is missing, or no file, is a DatasetError at once."""
     (whole / name).unlink()

@@ -82,7 +82,7 @@ def plan(packing: Packing) -> list[list[int]]:
 
 @given(data=st.data())
 def test_a_batch_is_what_a_slow_loop_writes(dataset: Dataset, samples: list[PlainSample], data: st.DataObject) -> None:
-    """Any rows in any order, packed or not, shifted or not, of any width: a new batch and one filled into own memory."""
+    """Any rows in any order, packed or not, shifted or not, of any width; a new batch and own memory."""
     is_packed, shift_labels = data.draw(st.booleans()), data.draw(st.booleans())
     sequence_length = data.draw(st.sampled_from([CAPACITY, 33, 100]))
     make = dataset.pack if is_packed else dataset.rows
@@ -180,8 +180,8 @@ def test_wrong_rows_and_memory_are_refused(dataset: Dataset) -> None:
             with pytest.raises((ValueError, TypeError)):
                 packing.fill([0, 1], **arrays)
             assert all((array == 7).all() for array in arrays.values())
+    shared = new()
     with pytest.raises((ValueError, TypeError, RuntimeError)):
-        shared = new()
         packing.fill([0, 1], input_ids=shared, labels=shared, position_ids=new())
 
 
@@ -251,8 +251,7 @@ def rows_of(stream: StepStream, step: int, world_size: int, rows_per_micro_batch
 def test_a_step_is_shared_out_whole(
     dataset: Dataset, num_rows_per_step: int, world_size: int, rows_per_micro_batch: int, packed: bool, seed: int
 ) -> None:
-    """Steps hold each row once an epoch; ranks get equally many micro-batches, none too large, of the same rows as one
-    rank alone would."""
+    """Each row once an epoch; as many micro-batches on every rank, none too large, of the rows that one rank has."""
     stream = stream_of(dataset, num_rows_per_step=num_rows_per_step, packed=packed, seed=seed)
     num_rows = len(stream.packing(0))
     assert stream.num_steps == stream.num_steps_per_epoch == -(-num_rows // num_rows_per_step)
