@@ -4,8 +4,10 @@
 //! that templates read it by. Everything else is passed as it is, without a copy.
 
 use std::collections::HashSet;
+use std::rc::Rc;
 
-use super::value::{Dict, Items, Value};
+use super::trace::{Trace, Traced};
+use super::value::{Dict, Items, Text, Value};
 use crate::conversation::{Conversation, Message};
 use crate::error::{Error, ErrorKind, Result};
 use crate::json::{self, Data, Member};
@@ -15,23 +17,42 @@ const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// The messages as a list.
 pub(super) fn messages<'a>(messages: &'a [Message<'a>]) -> Items<'a> {
-    let values = Value::list(messages.iter().map(message).collect()).and_then(|list| list.iterate());
-    values.expect("messages of a record nest no deeper than JSON may")
+    list(messages.iter().map(|message| {
+        let is_plain = |member: &Member<'_>| !matches!(member.value.data, Data::Null) && !is_reasoning(&member.key);
+        match message.fields.iter().all(is_plain) {
+            true => Value::Dict(Dict::Json(&message.fields)),
+            false => dict(message, |_, member| Value::from_json(&member.value)),
+        }
+    }))
 }
 
-/// One message as a dict.
-fn message<'a>(message: &'a Message<'a>) -> Value<'a> {
-    let is_null = |member: &Member<'_>| matches!(member.value.data, Data::Null);
-    let is_reasoning = |member: &Member<'_>| REASONING.contains(&&*member.key);
-    if !message.fields.iter().any(|member| is_null(member) || is_reasoning(member)) {
-        return Value::Dict(Dict::Json(&message.fields));
-    }
-    let mut fields: Vec<(Value<'a>, Value<'a>)> = message
-        .fields
-        .iter()
-        .filter(|member| !is_null(member))
-        .map(|member| (Value::text(&member.key), Value::from_json(&member.value)))
-        .collect();
+/// The messages as a list whose texts are traced, but for roles and for the last `num_untraced` contents.
+pub(super) fn traced<'a>(messages: &'a [Message<'a>], trace: &'a Trace, num_untraced: usize) -> Items<'a> {
+    let first_untraced = messages.len() - num_untraced;
+    list(messages.iter().enumerate().map(|(index, message)| {
+        dict(message, |field, member| match member.value.as_str() {
+            Some(text) if member.key != "role" && (index < first_untraced || member.key != "content") => {
+                Value::Text(Text::Traced(Rc::new(Traced::new((index, field), text, trace))))
+            }
+            _ => Value::from_json(&member.value),
+        })
+    }))
+}
+
+fn list<'a>(messages: impl Iterator<Item = Value<'a>>) -> Items<'a> {
+    let list = Value::list(messages.collect()).and_then(|list| list.iterate());
+    list.expect("messages of a record nest no deeper than JSON may")
+}
+
+fn is_reasoning(key: &str) -> bool {
+    REASONING.contains(&key)
+}
+
+/// A message as a dict of what `convert` makes of its fields.
+fn dict<'a>(message: &'a Message<'a>, convert: impl Fn(usize, &'a Member<'a>) -> Value<'a>) -> Value<'a> {
+    let fields = message.fields.iter().enumerate().filter(|(_, member)| !matches!(member.value.data, Data::Null));
+    let mut fields: Vec<(Value<'a>, Value<'a>)> =
+        fields.map(|(index, member)| (Value::text(&member.key), convert(index, member))).collect();
     let find =
         |fields: &[(Value<'a>, Value<'a>)], name: &str| fields.iter().position(|(key, _)| key.as_str() == Some(name));
     let reasoning = REASONING.iter().find_map(|name| find(&fields, name)).map(|at| fields[at].1.clone());

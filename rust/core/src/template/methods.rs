@@ -1,9 +1,12 @@
 //! Attributes: the methods of Python's strings, lists and dicts, and what `loop` and namespaces have.
 
+use std::rc::Rc;
+
 use super::failure::{Eval, impossible};
 use super::format::format;
-use super::operators::{dict_get, equal, undefined_operation};
+use super::operators::{dict_get, equal, text_contains, undefined_operation};
 use super::python::{capitalize, is_space, split_lines, title};
+use super::trace::{Question, Strip};
 use super::value::{Loop, SequenceKind, Text, Value};
 
 /// Everything a call is given.
@@ -231,7 +234,6 @@ fn unsupported<T>(value: &Value<'_>, method: Attribute) -> Eval<T> {
 }
 
 fn string_method<'a>(text: &Text<'a>, method: Attribute, arguments: Arguments<'a>) -> Eval<Value<'a>> {
-    let string = text.as_str();
     match method {
         A::Strip | A::LeftStrip | A::RightStrip => {
             let [characters] = arguments.positional(0)?;
@@ -241,20 +243,14 @@ fn string_method<'a>(text: &Text<'a>, method: Attribute, arguments: Arguments<'a
             let [separator, limit] = arguments.bind(["sep", "maxsplit"], 0)?;
             split(text, method == A::RightSplit, separator, limit)
         }
-        A::SplitLines => {
-            let [keep_ends] = arguments.bind(["keepends"], 0)?;
-            let lines = split_lines(string, keep_ends.is_some_and(|keep| keep.is_true()));
-            Value::list(lines.into_iter().map(|line| Value::Text(part(text, line))).collect())
-        }
         A::StartsWith | A::EndsWith => {
             let [affix] = arguments.positional(1)?;
-            let affix = affix.unwrap_or(Value::None);
-            let matches = |affix: &Value<'_>| match affix.as_str() {
-                Some(affix) if method == A::StartsWith => Ok(string.starts_with(affix)),
-                Some(affix) => Ok(string.ends_with(affix)),
-                None => impossible(format!("expected a str or a tuple of them, found a {}", affix.type_name())),
+            let is_start = method == A::StartsWith;
+            let matches = |affix: &Value<'a>| match affix {
+                Value::Text(affix) => Ok(has_affix(text, affix.as_str(), is_start)),
+                affix => impossible(format!("expected a str or a tuple of them, found a {}", affix.type_name())),
             };
-            match &affix {
+            match affix.unwrap_or(Value::None) {
                 Value::Sequence(SequenceKind::Tuple, items) => {
                     for item in items.iter() {
                         if matches(&item)? {
@@ -263,18 +259,8 @@ fn string_method<'a>(text: &Text<'a>, method: Attribute, arguments: Arguments<'a
                     }
                     Ok(Value::Bool(false))
                 }
-                affix => Ok(Value::Bool(matches(affix)?)),
+                affix => Ok(Value::Bool(matches(&affix)?)),
             }
-        }
-        A::RemovePrefix | A::RemoveSuffix => {
-            let [affix] = arguments.positional(1)?;
-            let affix = string_argument(affix)?;
-            let affix = affix.as_str();
-            Ok(Value::Text(if method == A::RemovePrefix {
-                text.cut(|text| text.strip_prefix(affix).unwrap_or(text))
-            } else {
-                text.cut(|text| text.strip_suffix(affix).unwrap_or(text))
-            }))
         }
         A::Replace => {
             let [old, new, count] = arguments.positional(2)?;
@@ -286,6 +272,38 @@ fn string_method<'a>(text: &Text<'a>, method: Attribute, arguments: Arguments<'a
                 },
             };
             Ok(Value::Text(replace(text, string_argument(old)?.as_str(), string_argument(new)?.as_str(), count)))
+        }
+        _ => look_at(text, method, arguments),
+    }
+}
+
+/// Does the text start, or end, with `affix`?
+fn has_affix(text: &Text<'_>, affix: &str, is_start: bool) -> bool {
+    let question = || if is_start { Question::StartsWith(affix.into()) } else { Question::EndsWith(affix.into()) };
+    text.ask(question).unwrap_or_else(|| {
+        let text = text.as_str();
+        if is_start { text.starts_with(affix) } else { text.ends_with(affix) }
+    })
+}
+
+/// The methods whose result depends on the text in ways that no trace can follow.
+fn look_at<'a>(text: &Text<'a>, method: Attribute, arguments: Arguments<'a>) -> Eval<Value<'a>> {
+    let string = text.as_str();
+    match method {
+        A::SplitLines => {
+            let [keep_ends] = arguments.bind(["keepends"], 0)?;
+            let lines = split_lines(string, keep_ends.is_some_and(|keep| keep.is_true()));
+            Value::list(lines.into_iter().map(|line| Value::Text(part(text, line))).collect())
+        }
+        A::RemovePrefix | A::RemoveSuffix => {
+            let [affix] = arguments.positional(1)?;
+            let affix = string_argument(affix)?;
+            let affix = affix.as_str();
+            Ok(Value::Text(if method == A::RemovePrefix {
+                text.cut(|text| text.strip_prefix(affix).unwrap_or(text))
+            } else {
+                text.cut(|text| text.strip_suffix(affix).unwrap_or(text))
+            }))
         }
         A::Find | A::RightFind | A::Index | A::Count => {
             let [wanted] = arguments.positional(1)?;
@@ -368,24 +386,22 @@ fn part<'a>(whole: &Text<'a>, part: &str) -> Text<'a> {
 
 /// `str.strip`, `str.lstrip`, `str.rstrip`
 pub(super) fn strip<'a>(text: &Text<'a>, side: Attribute, characters: Option<&Value<'_>>) -> Eval<Text<'a>> {
-    let (left, right) = (side != A::RightStrip, side != A::LeftStrip);
-    let cut = |matches: &dyn Fn(char) -> bool| {
-        text.cut(|text| {
-            let text = if left { text.trim_start_matches(matches) } else { text };
-            if right { text.trim_end_matches(matches) } else { text }
-        })
+    let characters = match characters {
+        None | Some(Value::None) => None,
+        Some(Value::Text(characters)) => Some(characters.as_str().into()),
+        Some(other) => return impossible(format!("expected the characters to strip, found a {}", other.type_name())),
     };
-    match characters {
-        None | Some(Value::None) => Ok(cut(&is_space)),
-        Some(Value::Text(characters)) => Ok(cut(&|character| characters.as_str().contains(character))),
-        Some(other) => impossible(format!("expected the characters to strip, found a {}", other.type_name())),
-    }
+    let strip = Strip { left: side != A::RightStrip, right: side != A::LeftStrip, characters };
+    Ok(match text {
+        Text::Traced(traced) => Text::Traced(Rc::new(traced.strip(strip))),
+        text => text.cut(|text| strip.apply(text)),
+    })
 }
 
 /// `str.replace`
 pub(super) fn replace<'a>(text: &Text<'a>, old: &str, new: &str, count: i128) -> Text<'a> {
     let limit = usize::try_from(count).unwrap_or(usize::MAX);
-    if memchr::memmem::find(text.as_str().as_bytes(), old.as_bytes()).is_none() {
+    if !text_contains(text, old) {
         return text.clone();
     }
     Text::Shared(text.as_str().replacen(old, new, limit).into())
@@ -404,6 +420,13 @@ fn split<'a>(
             None => return impossible("expected an int as the number of splits"),
         },
     };
+    if let (Text::Traced(_), Some(Value::Text(separator))) = (text, &separator)
+        && let Some(part) = separator.plain()
+        && !part.is_empty()
+        && !text_contains(text, part)
+    {
+        return Value::list(vec![Value::Text(text.clone())]);
+    }
     let string = text.as_str();
     let most = limit.saturating_add(1);
     let mut parts: Vec<&str> = match &separator {

@@ -7,7 +7,9 @@
 //! copying them. [`spans`] proves what is trained on.
 
 mod ast;
+mod calls;
 mod clock;
+mod evaluate;
 mod expressions;
 mod failure;
 mod filters;
@@ -21,20 +23,26 @@ mod named;
 mod operators;
 mod order;
 mod parser;
+mod plan;
 mod predicates;
 mod python;
 mod scope;
+mod sink;
 mod spans;
+mod trace;
 mod value;
 mod visit;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use serde::Serialize;
 
 use self::failure::{Eval, Failure};
-use self::interpreter::{Difference, Interpreter, Output, Sink, Visit};
+use self::interpreter::Interpreter;
+use self::plan::Plans;
 use self::scope::Program;
+use self::sink::{Difference, Output, Sink, Visit};
 use self::spans::{Endings, sentence};
 use self::value::{Items, Value};
 use crate::conversation::{Conversation, Message, Role};
@@ -55,6 +63,8 @@ pub struct ChatTemplate {
     clock: Option<DateTime>,
     endings: Endings,
     verdict: Verdict,
+    /// Tells this template from all others.
+    identity: Arc<()>,
 }
 
 /// What is known of a template.
@@ -70,13 +80,14 @@ pub struct Verdict {
     pub date_dependent: bool,
 }
 
-/// A rendered conversation; keep it to reuse its memory.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// A rendered conversation. Keep it for the next one: it also holds what has been learned of the template on the way.
+#[derive(Clone, Debug, Default)]
 pub struct Rendered {
     /// The text.
     pub text: String,
     /// The byte ranges of `text` that are trained on: in order, disjoint, none empty.
     pub spans: Vec<Range<usize>>,
+    plans: Plans,
 }
 
 impl ChatTemplate {
@@ -105,6 +116,7 @@ impl ChatTemplate {
             // What is learned from the probes does not depend on the date, but they need one.
             clock: Some(DateTime::now()),
             endings: Endings::default(),
+            identity: Arc::default(),
         };
         template.endings = Endings::learn(&template);
         template.verdict.prefix_preserving = template.is_prefix_preserving();
@@ -116,6 +128,7 @@ impl ChatTemplate {
     /// Sets the date that the template takes for today. Without one, templates that ask for it fail.
     pub fn with_clock(mut self, clock: DateTime) -> Self {
         self.clock = Some(clock);
+        self.identity = Arc::default();
         self
     }
 
@@ -126,11 +139,20 @@ impl ChatTemplate {
     /// [`ErrorKind::MaskUnproved`] if an answer does not stand where the model would write it, and errors of class
     /// [`Input`](crate::error::ErrorClass::Input) for values that Python would read differently.
     pub fn render(&self, conversation: &Conversation<'_>, out: &mut Rendered) -> Result<()> {
+        out.text.clear();
         out.spans.clear();
+        if out.plans.render(&self.identity, conversation, &mut out.text, &mut out.spans) {
+            return Ok(());
+        }
+        self.render_without_plan(conversation, out)?;
+        out.plans.learn(self, conversation);
+        Ok(())
+    }
+
+    fn render_without_plan(&self, conversation: &Conversation<'_>, out: &mut Rendered) -> Result<()> {
         input::check(conversation)?;
         let messages = input::messages(&conversation.messages);
-        let mut text = std::mem::take(&mut out.text);
-        text.clear();
+        let text = std::mem::take(&mut out.text);
         let output = self
             .run(messages.clone(), conversation.tools.as_ref(), false, Sink::Collect(text))
             .map_err(|failure| self.failed(&failure))?;

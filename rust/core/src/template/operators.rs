@@ -6,6 +6,7 @@ use super::ast::{Comparison, Operator};
 use super::failure::{Eval, impossible};
 use super::format::percent;
 use super::methods::{Attribute, attribute_of};
+use super::trace::Question;
 use super::value::{Dict, SequenceKind, Text, Value};
 
 /// The longest text that `text * number` may make.
@@ -15,7 +16,15 @@ const MAX_REPEATED_BYTES: usize = 1 << 20;
 pub(super) fn equal<'a>(left: &Value<'a>, right: &Value<'a>) -> bool {
     match (left, right) {
         (Value::Undefined(_), Value::Undefined(_)) | (Value::None, Value::None) => true,
-        (Value::Text(_) | Value::Safe(_), Value::Text(_) | Value::Safe(_)) => left.as_str() == right.as_str(),
+        (Value::Text(left) | Value::Safe(left), Value::Text(right) | Value::Safe(right)) => {
+            let ask = |text: &Text<'a>, other: &str| text.ask(|| Question::Equals(other.into()));
+            let asked = match (left.plain(), right.plain()) {
+                (None, Some(right)) => ask(left, right),
+                (Some(left), None) => ask(right, left),
+                _ => None,
+            };
+            asked.unwrap_or_else(|| left.as_str() == right.as_str())
+        }
         (Value::Sequence(kind, left), Value::Sequence(other, right)) => {
             kind == other
                 && *kind != SequenceKind::View
@@ -95,7 +104,7 @@ pub(super) fn holds<'a>(comparison: Comparison, left: &Value<'a>, right: &Value<
 fn contains<'a>(container: &Value<'a>, item: &Value<'a>) -> Eval<bool> {
     match container {
         Value::Text(text) | Value::Safe(text) => match item.as_str() {
-            Some(item) => Ok(memchr::memmem::find(text.as_str().as_bytes(), item.as_bytes()).is_some()),
+            Some(item) => Ok(text_contains(text, item)),
             None => impossible(format!("can't look for a {} in a str", item.type_name())),
         },
         Value::Dict(dict) => {
@@ -104,6 +113,12 @@ fn contains<'a>(container: &Value<'a>, item: &Value<'a>) -> Eval<bool> {
         }
         _ => Ok(container.iterate()?.iter().any(|found| equal(&found, item))),
     }
+}
+
+/// `part in text`
+pub(super) fn text_contains(text: &Text<'_>, part: &str) -> bool {
+    let contains = || memchr::memmem::find(text.as_str().as_bytes(), part.as_bytes()).is_some();
+    text.ask(|| Question::Contains(part.into())).unwrap_or_else(contains)
 }
 
 /// Refuses what can't be a key of a dict.
@@ -150,7 +165,10 @@ pub(super) fn binary<'a>(operator: Operator, left: &Value<'a>, right: &Value<'a>
     }
     match (operator, left, right) {
         (Operator::Add, Value::Text(left), Value::Text(right)) => {
-            Ok(Value::Text(Text::Shared([left.as_str(), right.as_str()].concat().into())))
+            Ok(Value::Text(match (left.plain(), right.plain()) {
+                (Some(left), Some(right)) => Text::Shared([left, right].concat().into()),
+                _ => Text::join(vec![left.clone(), right.clone()]),
+            }))
         }
         (
             Operator::Add,

@@ -83,7 +83,7 @@ impl Predicate {
             Self::Integer => matches!(value, Value::Int(_)),
             Self::Float => matches!(value, Value::Float(_)),
             Self::Number => matches!(value, Value::Bool(_) | Value::Int(_) | Value::Float(_)),
-            Self::String => value.as_str().is_some(),
+            Self::String => value.is_text(),
             Self::Escaped => matches!(value, Value::Safe(_)),
             Self::Mapping => matches!(value, Value::Dict(_)),
             // Python asks for a length and for items; something undefined has both.

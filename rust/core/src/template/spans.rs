@@ -22,8 +22,8 @@ use std::ops::Range;
 use super::ChatTemplate;
 use super::failure::{Cause, Eval, Failure};
 use super::input;
-use super::interpreter::{Difference, Visit};
 use super::python::trim_end;
+use super::sink::{Difference, Visit};
 use super::value::Items;
 use crate::conversation::{Conversation, Message, Role};
 use crate::error::{Error, ErrorKind, Result};
@@ -117,6 +117,22 @@ impl Endings {
         let spaces = self.tails.iter().filter(|tail| tail.length == 0);
         let content = spaces.filter_map(|tail| answer.strip_suffix(&*tail.text)).min_by_key(|content| content.len());
         (content.unwrap_or(answer), false)
+    }
+
+    /// How much of an answer is behind its end, and whether it ends its turn, if its last characters, `tail`, alone
+    /// decide it.
+    pub fn behind_end(&self, tail: &str) -> Option<(usize, bool)> {
+        let trimmed = trim_end(tail);
+        let is_undecided = |ending: &Tail| {
+            let (ending, tail) =
+                if ending.length > 0 { (trim_end(&ending.text), trimmed) } else { (&*ending.text, tail) };
+            ending.len() > tail.len() && ending.ends_with(tail)
+        };
+        if self.tails.iter().any(is_undecided) {
+            return None;
+        }
+        let (answer, is_ended) = self.trim(tail);
+        Some((tail.len() - answer.len(), is_ended))
     }
 }
 
@@ -237,23 +253,28 @@ impl<'p> Proof<'p> {
 
     /// Does the text up to `end` stay the same whatever follows message `index`?
     fn is_independent(&self, index: usize, end: usize) -> bool {
-        let next = &self.conversation.messages[index + 1];
-        let mut other = Message { role: next.role, fields: Vec::new() };
-        for member in &next.fields {
-            let mut member = member.clone();
-            if member.key == "content" {
-                member.value.data = other_content(&member.value);
-            }
-            if next.role != Role::Assistant || matches!(&*member.key, "role" | "content") {
-                other.fields.push(member);
-            }
-        }
-        let mut messages: Vec<Message<'_>> = Vec::with_capacity(index + 2);
-        messages.extend_from_slice(&self.conversation.messages[..=index]);
-        messages.push(other);
+        let messages = followed_by_another(self.conversation, index);
         let difference = self.compare(input::messages(&messages), false);
         difference.is_ok_and(|(common, _)| common >= end)
     }
+}
+
+/// The conversation up to message `index`, and another message in the place of the next one.
+pub(super) fn followed_by_another<'c>(conversation: &Conversation<'c>, index: usize) -> Vec<Message<'c>> {
+    let next = &conversation.messages[index + 1];
+    let mut other = Message { role: next.role, fields: Vec::new() };
+    for member in &next.fields {
+        let mut member = member.clone();
+        if member.key == "content" {
+            member.value.data = other_content(&member.value);
+        }
+        if next.role != Role::Assistant || matches!(&*member.key, "role" | "content") {
+            other.fields.push(member);
+        }
+    }
+    let mut messages = conversation.messages[..=index].to_vec();
+    messages.push(other);
+    messages
 }
 
 /// A content that differs from `content` in its first letter.

@@ -8,6 +8,7 @@ use std::rc::Rc;
 use super::ast::Function;
 use super::failure::{Eval, impossible};
 use super::python::{write_float, write_repr};
+use super::trace::{Question, Trace, Traced};
 use crate::json::{self, Data, Member};
 
 /// How deep lists and dicts made by a template may nest, on top of what JSON allows; bounds all recursion over values.
@@ -53,6 +54,18 @@ pub(super) enum SequenceKind {
 pub(super) enum Text<'a> {
     Borrowed(&'a str),
     Shared(Rc<str>),
+    /// A text of the record in a traced run.
+    Traced(Rc<Traced<'a>>),
+    /// Texts joined in a traced run, some of them traced.
+    Joined(Rc<Joined<'a>>),
+}
+
+/// See [`Text::Joined`].
+#[derive(Debug)]
+pub(super) struct Joined<'a> {
+    pub parts: Vec<Text<'a>>,
+    whole: String,
+    trace: &'a Trace,
 }
 
 /// The elements of a sequence.
@@ -87,10 +100,72 @@ pub(super) struct Loop<'a> {
 }
 
 impl<'a> Text<'a> {
+    /// The characters; to look at those of a traced text spoils its trace.
     pub fn as_str(&self) -> &str {
         match self {
             Self::Borrowed(text) => text,
             Self::Shared(text) => text,
+            Self::Traced(traced) => {
+                traced.trace.spoil();
+                traced.text
+            }
+            Self::Joined(joined) => {
+                joined.trace.spoil();
+                &joined.whole
+            }
+        }
+    }
+
+    /// The characters, if they are not traced.
+    pub fn plain(&self) -> Option<&str> {
+        match self {
+            Self::Borrowed(text) => Some(text),
+            Self::Shared(text) => Some(text),
+            Self::Traced(_) | Self::Joined(_) => None,
+        }
+    }
+
+    /// Asks a traced text; `None` for other texts.
+    pub fn ask(&self, question: impl FnOnce() -> Question) -> Option<bool> {
+        match self {
+            Self::Traced(traced) => Some(traced.ask(question())),
+            _ => None,
+        }
+    }
+
+    /// Is there no character in it?
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Traced(traced) => traced.ask(Question::IsEmpty),
+            Self::Joined(joined)
+                if joined.parts.iter().any(|part| part.plain().is_some_and(|text| !text.is_empty())) =>
+            {
+                false
+            }
+            _ => self.as_str().is_empty(),
+        }
+    }
+
+    /// The texts one behind the other.
+    pub fn join(mut parts: Vec<Self>) -> Self {
+        parts.retain(|part| part.plain() != Some(""));
+        if parts.len() == 1 {
+            return parts.remove(0);
+        }
+        let trace = parts.iter().find_map(|part| match part {
+            Self::Traced(traced) => Some(traced.trace),
+            Self::Joined(joined) => Some(joined.trace),
+            _ => None,
+        });
+        let whole = parts.iter().map(|part| match part {
+            Self::Traced(traced) => traced.text,
+            Self::Joined(joined) => &joined.whole,
+            part => part.as_str(),
+        });
+        let whole = whole.collect::<String>();
+        match trace {
+            Some(trace) => Self::Joined(Rc::new(Joined { parts, whole, trace })),
+            None => Self::Shared(whole.into()),
         }
     }
 
@@ -98,7 +173,8 @@ impl<'a> Text<'a> {
     pub fn cut(&self, cut: impl for<'t> FnOnce(&'t str) -> &'t str) -> Self {
         match self {
             Self::Borrowed(text) => Self::Borrowed(cut(text)),
-            Self::Shared(text) => {
+            _ => {
+                let text = self.as_str();
                 let part = cut(text);
                 if part.len() == text.len() { self.clone() } else { Self::Shared(part.into()) }
             }
@@ -222,6 +298,11 @@ impl<'a> Value<'a> {
         Ok(Self::Generator(Rc::new(RefCell::new(values.into()))))
     }
 
+    /// Is it a string, marked safe or not?
+    pub fn is_text(&self) -> bool {
+        matches!(self, Self::Text(_) | Self::Safe(_))
+    }
+
     /// The text of a string, marked safe or not.
     pub fn as_str(&self) -> Option<&str> {
         match self {
@@ -273,7 +354,7 @@ impl<'a> Value<'a> {
             Self::Bool(flag) => *flag,
             Self::Int(number) => *number != 0,
             Self::Float(number) => *number != 0.0,
-            Self::Text(text) | Self::Safe(text) => !text.as_str().is_empty(),
+            Self::Text(text) | Self::Safe(text) => !text.is_empty(),
             Self::Sequence(_, items) => items.len() > 0,
             Self::Dict(dict) => dict.len() > 0,
             Self::Loop(state) => state.items.len() > 0,
