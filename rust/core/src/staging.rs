@@ -36,13 +36,13 @@ impl Staging {
     /// A target that is a symbolic link stands for what it points to.
     pub fn lock(target: &Path, mut while_waiting: impl FnMut() -> Result<()>) -> Result<Self> {
         let target = match target.is_symlink() {
-            true => &fs::canonicalize(target).map_err(|error| Error::io("follow the link", target, &error))?,
-            false => target,
+            true => fs::canonicalize(target).map_err(|error| Error::io("follow the link", target, &error))?,
+            false => target.components().collect(), // without "." at the end, which can't be renamed to
         };
         let name = target.file_name().and_then(OsStr::to_str).ok_or_else(|| {
-            Error::new(error::ErrorKind::Argument, "expected the path of a directory with a name").with_path(target)
+            Error::new(error::ErrorKind::Argument, "expected the path of a directory with a name").with_path(&target)
         })?;
-        let parent = parent(target);
+        let parent = parent(&target);
         let lock = Lock::take(parent.join(format!(".{name}.lock")), &mut while_waiting)?;
         let prefix = format!(".{name}.tmp-");
         for entry in fs::read_dir(parent).map_err(|error| Error::io("read", parent, &error))?.flatten() {
@@ -53,7 +53,7 @@ impl Staging {
             }
         }
         let temporary = parent.join(format!("{prefix}{}", std::process::id()));
-        Ok(Self { target: target.into(), temporary, _lock: lock })
+        Ok(Self { target, temporary, _lock: lock })
     }
 
     /// Makes the directory to build in.
@@ -66,18 +66,17 @@ impl Staging {
     pub fn publish(self) -> Result<()> {
         sync_directory(&self.temporary)?;
         // Every file system can put a directory where there is none or an empty one; exchanging two takes a newer one.
-        let renamed = match fs::rename(&self.temporary, &self.target) {
+        let failed = |error: std::io::Error| Error::io("put the finished directory in place", &self.target, &error);
+        match fs::rename(&self.temporary, &self.target) {
             // File systems differ in what they say of a directory that is not empty.
             Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {
                 // An exchange leaves the old directory under the temporary name, where dropping removes it.
-                renameat_with(CWD, &self.temporary, CWD, &self.target, RenameFlags::EXCHANGE).map_err(Into::into)
+                renameat_with(CWD, &self.temporary, CWD, &self.target, RenameFlags::EXCHANGE).map_err(|error| {
+                    failed(error.into()).with_hint("if the file system can't exchange directories, remove the old one")
+                })?;
             }
-            other => other,
-        };
-        renamed.map_err(|error| {
-            Error::io("put the finished directory in place", &self.target, &error)
-                .with_hint("if the file system can't exchange directories, remove the old one first")
-        })?;
+            other => other.map_err(failed)?,
+        }
         sync_directory(parent(&self.target))
     }
 }

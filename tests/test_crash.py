@@ -1,0 +1,235 @@
+"""Preprocessing that is killed, interrupted, or refused by the system: the old state or the new, and a clear error."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sft_fast
+from tests.data_helpers import contents, dump_lines, random_records
+
+OPTIONS: dict[str, Any] = {"sequence_length": 1024, "system_key": "system", "query_key": "input"}
+
+# A process that preprocesses: arguments are tokenizer, output directory, size of a shard, and files.
+CHILD = f"""
+import sys, sft_fast
+from functools import partial
+from sft_fast import data
+from sft_fast.errors import SftFastError
+def run(tokenizer, out, max_shard_tokens, *files, **changes):
+    private = partial(core, max_shard_tokens=int(max_shard_tokens))
+    data._core.preprocess = private
+    return sft_fast.preprocess(files, out, tokenizer=tokenizer, **{{**{OPTIONS!r}, **changes}})
+core = data._core.preprocess
+"""
+
+
+def start(code: str, *arguments: Any, **options: Any) -> "subprocess.Popen[str]":
+    """A process that runs `code` behind CHILD; it is ready when it has printed its first line."""
+    command = [sys.executable, "-c", CHILD + code, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    """What the process printed after its first line; it must have ended well."""
+    assert process.stdout is not None
+    output = process.stdout.read()
+    process.stdout.close()
+    assert process.wait() == 0
+    return output
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """Ends the process without asking it."""
+    assert process.stdout is not None
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that takes a good while."""
+    path = tmp_path_factory.mktemp("large") / "data.jsonl"
+    path.write_bytes(dump_lines(random_records(2000, max_words=60)) * 15)
+    return path
+
+
+def test_killed_while_replacing(large_file: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Killed at random moments of replacing a dataset, the old one or the new one is whole; the next run cleans up."""
+    small = tmp_path / "small.jsonl"
+    small.write_bytes(dump_lines(random_records(3)))
+    out = tmp_path / "here" / "out"
+    old = sft_fast.preprocess(small, out, tokenizer=tokenizer_dir, **OPTIONS).fingerprint
+    code = "print('ready', flush=True); print(run(*sys.argv[1:], overwrite=True).fingerprint)"
+    arguments = (tokenizer_dir, out, 200_000, large_file)
+    began = time.monotonic()
+    new = finish(start(code, *arguments)).strip()
+    seconds = time.monotonic() - began
+
+    delays = random.Random(3)
+    for _ in range(5):
+        sft_fast.preprocess(small, out, tokenizer=tokenizer_dir, overwrite=True, **OPTIONS)
+        process = start(code, *arguments)
+        time.sleep(delays.uniform(0, seconds))
+        kill(process)
+        sft_fast.verify(out)
+        assert sft_fast.Dataset(out).fingerprint in (old, new)
+
+    assert finish(start(code, *arguments)).strip() == new
+    sft_fast.verify(out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_dead_process_blocks_no_one(large_file: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """A process that waits for another goes on when that one is killed, and does its work."""
+    arguments = (tokenizer_dir, tmp_path / "out", 200_000, large_file)
+    first = start("print('ready', flush=True); run(*sys.argv[1:])", *arguments)
+    while not list(tmp_path.glob(".out.tmp-*")):
+        time.sleep(0.001)
+        assert first.poll() is None
+    first.send_signal(signal.SIGSTOP)
+    # Ready as soon as it waits for the lock: there is nothing else to tell of when the input is hashed.
+    tell = "lambda state: state.is_hashing or print('ready', flush=True)"
+    second = start(f"print('\\n', run(*sys.argv[1:], progress={tell}).reused)", *arguments)
+    kill(first)
+
+    assert finish(second).split()[-1] == "False"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_stops_at_once(large_file: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of the work is KeyboardInterrupt within a second or two, and nothing is left."""
+    seen = threading.Event()
+    sent = []
+
+    def interrupt() -> None:
+        seen.wait(60)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+
+    def progress(state: Any) -> None:
+        if state.num_records:
+            seen.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        sft_fast.preprocess(large_file, tmp_path / "out", tokenizer=tokenizer_dir, progress=progress, **OPTIONS)
+    assert time.monotonic() - sent[0] < 2
+    thread.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_error(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Wherever the disk becomes full, the error is a FileError that says so, and nothing is left."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(dump_lines([*random_records(300), *["{"] * 300]))
+    code = """
+import errno, os, resource
+print('ready', flush=True)
+for limit in (0, 100, 1000, 2000, 4000, 8000, 16_000, 30_000, 1_000_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    try:
+        result = str(run(*sys.argv[1:], on_error="skip").num_samples)
+    except sft_fast.FileError as error:
+        result = f"{error.code}: {error.message}"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    print(result, os.listdir(os.path.dirname(sys.argv[4])), sep="\\t")
+"""
+    lines = finish(start(code, tokenizer_dir, tmp_path / "out", 2000, path)).splitlines()
+
+    results = [line.split("\t") for line in lines]
+    assert len(results) == 9
+    for result, left in results[:-1]:
+        assert result.startswith("file: could not write: ")
+        assert "too large" in result
+        assert left == "['data.jsonl']"
+    assert results[-1][0] == "300"
+
+
+def test_no_more_file_handles_is_one_error(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """However few files a process may open, the work is done or ends in an error of ours, and nothing is left."""
+    for number in range(80):
+        (tmp_path / f"{number}.jsonl").write_bytes(dump_lines(random_records(3)))
+    out = tmp_path / "here" / "out"
+    code = """
+import os, resource, shutil
+print('ready', flush=True)
+run(sys.argv[1], sys.argv[2] + '.first', *sys.argv[3:])  # whatever opens files once, such as a look at the cores
+shutil.rmtree(os.path.dirname(sys.argv[2]))
+first = max(map(int, os.listdir('/proc/self/fd')))
+for spare in range(25):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first + spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        result = str(run(*sys.argv[1:]).num_samples)
+    except SftFastError as error:
+        result = type(error).__name__ + ' ' + error.message
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    print(result, os.path.exists(os.path.dirname(sys.argv[2])), sep='\\t')
+    shutil.rmtree(os.path.dirname(sys.argv[2]), ignore_errors=True)
+"""
+    lines = finish(start(code, tokenizer_dir, out, 2000, *tmp_path.glob("*.jsonl"))).splitlines()
+
+    results = [line.split("\t") for line in lines]
+    assert len(results) == 25
+    for result, is_left in results:
+        assert (result, is_left) == ("240", "True") or ("Too many open files" in result and is_left == "False")
+    assert results[-1][0] == "240"
+    assert results[0][0].startswith("FileError could not")
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that every user may enter, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_a_read_only_place_is_one_error(tokenizer_dir: Path, open_directory: Path) -> None:
+    """Where nothing may be written, making a dataset is a FileError, and one that is there is used."""
+    path = open_directory / "data.jsonl"
+    path.write_bytes(dump_lines(random_records(5)))
+    sft_fast.preprocess(path, open_directory / "made", tokenizer=tokenizer_dir, **OPTIONS)
+    model = open_directory / "model"
+    model.mkdir()
+    for file in tokenizer_dir.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    before = contents(open_directory)
+    open_directory.chmod(0o555)
+    # Root may write everywhere: as root, the process becomes nobody once it has loaded what it needs.
+    code = """
+import os
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+print('ready', flush=True)
+tokenizer, made, shard, path = sys.argv[1:]
+print(run(tokenizer, made, shard, path).reused)
+for out in ('new', 'new/out', 'made/out'):
+    try:
+        run(tokenizer, os.path.join(os.path.dirname(made), out), shard, path)
+    except sft_fast.FileError as error:
+        print(error.exit_status, error.message)
+"""
+    lines = finish(start(code, model, open_directory / "made", 2000, path)).splitlines()
+    open_directory.chmod(0o755)
+
+    assert lines[0] == "True"
+    assert len(lines) == 4
+    assert all(line.startswith("2 could not make the ") and "ermission denied" in line for line in lines[1:])
+    assert contents(open_directory) == before
