@@ -332,3 +332,103 @@ fn no_samples(manifest: &Manifest) -> Error {
     }
     error
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::template::ChatTemplate;
+    use crate::tokenize::{Encode, Tokenizer};
+
+    /// A tokenizer with a bug: it can't bear the letter z. Every other character is a token.
+    struct Fragile;
+
+    impl Tokenizer for Fragile {
+        fn encoder(&self) -> Box<dyn Encode + '_> {
+            Box::new(Self)
+        }
+
+        fn vocab_size(&self) -> u32 {
+            1 << 16
+        }
+
+        fn token_to_id(&self, _: &str) -> Option<u32> {
+            None
+        }
+
+        fn why_not_fast(&self) -> Option<&str> {
+            None
+        }
+    }
+
+    impl Encode for Fragile {
+        fn encode(
+            &mut self,
+            text: &str,
+            spans: &[Range<usize>],
+            ids: &mut Vec<u32>,
+            runs: &mut Vec<Range<u32>>,
+        ) -> Result<()> {
+            assert!(!text.contains('z'), "a bug");
+            *ids = text.bytes().map(u32::from).collect();
+            *runs = spans.iter().map(|span| span.start as u32..span.end as u32).collect();
+            Ok(())
+        }
+    }
+
+    fn model() -> Model {
+        let template = "{% for message in messages %}{{ message.role + ':' + message.content + '\\n' }}{% endfor %}\
+                        {% if add_generation_prompt %}assistant:{% endif %}";
+        Model {
+            directory: "model".into(),
+            tokenizer: Box::new(Fragile),
+            tokenizer_sha256: String::new(),
+            template_name: "native".into(),
+            template: ChatTemplate::compile("test", template, &[]).unwrap(),
+            template_sha256: String::new(),
+            template_date: String::new(),
+            pad_token_id: 0,
+        }
+    }
+
+    /// Preprocesses 1,000 records, the one in the middle with `odd` for an answer, on three threads.
+    fn run(directory: &Path, odd: &str) -> Result<Report> {
+        let record = |answer: &str| format!("{{\"instruction\": \"a\", \"output\": \"{answer}\"}}\n");
+        let path = directory.join("data.jsonl");
+        std::fs::write(&path, [record("b").repeat(500), record(odd), record("b").repeat(499)].concat()).unwrap();
+        let options = Options {
+            files: vec![path],
+            place: Place::Directory { path: directory.join("out"), overwrite: false },
+            mapping: FieldMapping::default(),
+            sequence_length: 100,
+            too_long: TooLong::Reject,
+            on_error: OnError::Raise,
+            num_threads: NonZero::new(3),
+            chunk_bytes: Some(64),
+            max_shard_tokens: 1000,
+        };
+        preprocess(&options, &model(), &mut |_| Ok(()))
+    }
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(directory).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    // A thread that panics ends the work, instead of leaving the others to wait for its chunk; nothing is left of it.
+    #[test]
+    fn a_panic_ends_the_work() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(catch_unwind(AssertUnwindSafe(|| run(directory.path(), "z"))).is_err());
+        assert_eq!(vec!["data.jsonl"], names(directory.path()));
+
+        let report = run(directory.path(), "y").unwrap();
+        assert_eq!((1000, false), (report.manifest.num_samples, report.is_reused));
+        assert!(report.manifest.shards.len() > 10);
+        assert_eq!(vec!["data.jsonl", "out"], names(directory.path()));
+    }
+}
