@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,3 +316,20 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match="found no manifest") as caught:
             sft_fast.Dataset(tmp_path / name)
         assert "sft-fast preprocess" in (caught.value.hint or "")
+
+
+def test_the_page_names_tests_and_codes_that_exist() -> None:
+    """Each test that docs/format.md names is there, and its codes are those of errors that are not of one record."""
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "format.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", page)
+    for file, name in named:
+        assert f"\ndef {name}(" in (root / "tests" / (file or "test_format.py")).read_text(encoding="utf-8"), name
+    assert len(named) > 15
+
+    source = (root / "rust" / "core" / "src" / "error.rs").read_text(encoding="utf-8")
+    codes = dict(re.findall(r'Self::(\w+) => "(\w+)"', source))
+    others = set(re.findall(r"Self::(\w+) => ErrorClass::", source)) - {"Interrupted"} | {"NoRecords"}
+    listed = re.search(r"these codes besides: (.*?)\.\n", page, flags=re.DOTALL)
+    assert listed is not None
+    assert set(re.findall(r"`(\w+)`", listed[1])) == {codes[kind] for kind in others}
