@@ -77,6 +77,13 @@ RECORDS: dict[str, tuple[str, str, str | None, str]] = {
         '{"messages": [{"role": "user", "content": "a"}, {"role": ¦"bot", "content": "b"}]}',
         "unknown_role", "messages[1].role", "found 'bot'",
     ),
+    "role that a terminal would obey": (
+        r'{"messages": [{"role": ¦"\u001b[2J", "content": "a"}]}',
+        "unknown_role", "messages[0].role", r"found '\u{1b}[2J'",
+    ),
+    "long role": (
+        f'{{"messages": [{{"role": ¦"{"x" * 100_000}"}}]}}', "unknown_role", "messages[0].role", "found 'xxx",
+    ),
     "role of another type": ('{"messages": [{"role": ¦1}]}', "wrong_type", "messages[0].role", "found a number"),
     "no role": ('{"messages": [¦{"content": "a"}]}', "missing_key", "messages[0]", "expected the key 'role'"),
     "no content": ('{"messages": [¦{"role": "user"}]}', "missing_key", "messages[0]", "expected the key 'content'"),

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import sft_fast
@@ -58,6 +60,62 @@ def test_samples_are_those_of_transformers(tokenizer_dir: Path, tmp_path: Path) 
     assert [f"{tmp_path / 'data.jsonl'}:{line}" for line in range(1, 151)] == [sample.source for sample in dataset]
 
 
+@pytest.fixture(scope="module")
+def chat(tokenizer_dir: Path) -> tuple[sft_fast.ChatTemplate, Any]:
+    """Our template, and the tokenizer of transformers, of the same model."""
+    return sft_fast.ChatTemplate.from_pretrained(tokenizer_dir), AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+@given(
+    system=st.none() | st.text(max_size=20),
+    turns=st.lists(st.tuples(st.text(max_size=30), st.text(min_size=1, max_size=30)), min_size=1, max_size=4),
+)
+def test_any_text_is_encoded_as_transformers_does(
+    chat: tuple[sft_fast.ChatTemplate, Any], system: str | None, turns: list[tuple[str, str]]
+) -> None:
+    """Whatever characters a conversation has, text, ids and mask are those of transformers and tokenizers."""
+    template, tokenizer = chat
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for user, answer in turns:
+        assume(answer.strip())
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+    ids, mask = template.encode(messages)
+
+    assert template.render(messages)[0] == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert (ids.tolist(), mask.tolist()) == reference_sample(tokenizer, messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "system", "user"),
+    [
+        ({"p": "a"}, None, "a"),
+        ({"p": "a", "q": "b"}, None, "a\nb"),
+        ({"p": "a", "q": ""}, None, "a"),
+        ({"p": "a", "q": None}, None, "a"),
+        ({"p": "", "q": "b"}, None, "\nb"),
+        ({"p": " a\n", "q": " b "}, None, " a\n\n b "),
+        ({"p": "a", "s": "c"}, "c", "a"),
+        ({"p": "a", "s": ""}, None, "a"),
+        ({"p": "a", "s": None, "other": [1, {}]}, None, "a"),
+        ({"p": "a", "s": " "}, " ", "a"),
+        ({"p": "a", "instruction": "x", "output": "y", "input": "z", "system": "w"}, None, "a"),
+    ],
+)
+def test_fields_become_messages(
+    fields: dict[str, Any], system: str | None, user: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """The user's text is prompt, newline and query; what is missing, null or empty is left out; nothing is trimmed."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages += [{"role": "user", "content": user}, {"role": "assistant", "content": " r "}]
+    keys = {"prompt_key": "p", "query_key": "q", "system_key": "s", "response_key": "r"}
+
+    dataset = make_dataset(tmp_path, tokenizer_dir, [{**fields, "r": " r "}, {"messages": messages}], **keys)
+
+    by_fields, by_messages = plain_samples(dataset)
+    assert by_fields == by_messages
+
+
 def test_bytes_do_not_depend_on_threads_or_chunks(tokenizer_dir: Path, tmp_path: Path) -> None:
     """Every file of a dataset is the same for any number of threads and any size of chunks, rejects included."""
     records: list[Any] = random_records(400, seed=1)
@@ -96,9 +154,10 @@ def test_json_lines_and_arrays_are_the_same_records(tokenizer_dir: Path, tmp_pat
         dataset = sft_fast.Dataset(report.path)
         assert expected == plain_samples(dataset), name
         text = gzip.decompress(content).decode() if name.endswith("gz") else content.decode("utf-8-sig")
-        for sample in dataset:
-            line = text.split("\n")[int(sample.source.rpartition(":")[2]) - 1]
-            assert line.strip().startswith("{"), sample.source
+        lines = text.splitlines(keepends=True)
+        for sample, record in zip(dataset, records, strict=True):
+            line = int(sample.source.rpartition(":")[2])
+            assert json.JSONDecoder().raw_decode("".join(lines[line - 1 :]).lstrip())[0] == record, sample.source
 
 
 def test_every_record_is_accounted_for(tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ impl Error {
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Repr {
             kind,
-            message: message.into(),
+            message: readable(message.into()),
             path: None,
             position: None,
             offset: None,
@@ -211,7 +211,7 @@ impl Error {
 
     /// Gives the place inside the value, such as `messages[3].role`.
     pub fn at_location(mut self, location: impl Into<String>) -> Self {
-        self.0.location.get_or_insert_with(|| location.into());
+        self.0.location.get_or_insert_with(|| readable(location.into()));
         self
     }
 
@@ -249,6 +249,25 @@ impl Error {
     pub fn hint(&self) -> Option<&str> {
         self.0.hint.as_deref()
     }
+}
+
+/// A text that may quote a record, fit to be shown: one line, not too long, and nothing that a terminal obeys.
+fn readable(text: String) -> String {
+    const MAX_CHARACTERS: usize = 500;
+    if text.len() <= MAX_CHARACTERS && !text.contains(char::is_control) {
+        return text;
+    }
+    let mut shown = String::new();
+    for character in text.chars().take(MAX_CHARACTERS) {
+        match character.is_control() {
+            true => shown.extend(character.escape_default()),
+            false => shown.push(character),
+        }
+    }
+    if text.chars().nth(MAX_CHARACTERS).is_some() {
+        shown.push('…');
+    }
+    shown
 }
 
 impl fmt::Display for Error {
@@ -290,6 +309,18 @@ mod tests {
         for cut in 0..bytes.len() {
             assert_eq!(Position::find(bytes, 1000), Position::find(bytes, cut).after(&bytes[cut..]));
         }
+    }
+
+    // What an error quotes from a record is on one line, bounded, and without control characters.
+    #[test]
+    fn quotes_are_readable() {
+        let message = |text: &str| Error::new(ErrorKind::UnknownRole, text).message().to_owned();
+        assert_eq!("found 'ü 漢字'", message("found 'ü 漢字'"));
+        assert_eq!(r"found '\u{1b}[2J\n\u{9b}\u{0}'", message("found '\u{1b}[2J\n\u{9b}\0'"));
+        assert_eq!("漢".repeat(500), message(&"漢".repeat(500)));
+        assert_eq!("漢".repeat(500) + "…", message(&"漢".repeat(1 << 20)));
+        let located = Error::new(ErrorKind::DuplicateKey, "x").at_location("a".repeat(1 << 20));
+        assert_eq!(Some(501), located.location().map(|location| location.chars().count()));
     }
 
     // An error prints as path:line:column, the sentence, the place in the value and the hint.
