@@ -14,6 +14,7 @@ import yaml
 
 from sft_fast import ConfigError, TrainError
 from sft_fast.config import SFTConfig, load_config, resolved_yaml
+from sft_fast.train import checkpoint
 from sft_fast.train import pipeline as pipelines
 from sft_fast.train.checkpoint import find_checkpoints
 from sft_fast.train.metrics import MetricsFile, StepMetrics
@@ -118,6 +119,18 @@ def test_no_secret_is_left_behind(workspace: Workspace, tmp_path: Path) -> None:
     assert yaml.safe_load(resolved_yaml(kept)) == yaml.safe_load(resolved_yaml(config))
 
 
+def test_metrics_reach_wandb(tmp_path: Path) -> None:
+    """`track_with: wandb` writes a run of Weights & Biases; offline, it is a file with the metrics in it."""
+    tracker = create_tracker(
+        "wandb", {"mode": "offline", "project": "p"}, exp_name="x", run_directory=tmp_path, resolved_config="seed: 42"
+    )
+    tracker.log({"loss": 1.25, "learning_rate": 1e-4}, 1)
+    tracker.finish()
+
+    (kept,) = tmp_path.rglob("*.wandb")
+    assert all(name in kept.read_bytes() for name in (b"loss", b"learning_rate", b"seed"))
+
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says which package is missing and that metrics are written in any case."""
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -200,6 +213,29 @@ def test_a_signal_ends_a_run_with_a_checkpoint(
     (checkpoint,) = find_checkpoints(config.output_dir)
     assert 2 < checkpoint.state.step <= 4
     assert run(config) == expected
+
+
+@pytest.mark.parametrize(("num_free_bytes", "kind"), [(10 * 2**20, TrainError), (10 * 2**30, RuntimeError)])
+def test_a_full_disk_is_named(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_free_bytes: int, kind: type[Exception]
+) -> None:
+    """A checkpoint that finds no room is an error that says so, and leaves no half; other errors stay as they are."""
+    from sft_fast.train.strategy.deepspeed import DeepSpeedStrategy  # it reads the environment when it is imported
+
+    config = config_in(workspace, tmp_path, save_steps=2, training={"max_steps": 6})
+    save = DeepSpeedStrategy.save
+
+    def save_until_full(self: DeepSpeedStrategy, directory: str, tag: str) -> None:
+        save(self, directory, tag)
+        if "checkpoint-4" in directory:
+            raise RuntimeError("unexpected pos 12160 vs 12052")
+
+    monkeypatch.setattr(DeepSpeedStrategy, "save", save_until_full)
+    monkeypatch.setattr(checkpoint, "_num_free_bytes", lambda _: num_free_bytes)
+    with pytest.raises(kind, match="the disk is full" if kind is TrainError else "unexpected pos"):
+        run(config)
+
+    assert [path.name for path in (Path(config.output_dir) / "sft_train").iterdir()] == ["checkpoint-2"]
 
 
 def test_a_run_that_is_done_is_not_trained_again(workspace: Workspace, tmp_path: Path) -> None:

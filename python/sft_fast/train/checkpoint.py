@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sft_fast.errors import ConfigError
+from sft_fast import console
+from sft_fast.errors import ConfigError, SftFastError, TrainError
 
 if TYPE_CHECKING:
     from sft_fast.config import SFTConfig
@@ -36,6 +37,8 @@ FORMAT = 1
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING, _REPLACED = ".staging-", ".replaced-"
+# What a write that failed leaves free: less than a block of one of torch's buffers.
+_FULL_DISK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,34 @@ def checkpoints_root(output_dir: str) -> Path:
 def staging_directory(output_dir: str, step: int) -> Path:
     """A new name to write the checkpoint of `step` under; `commit` gives it its real one."""
     return checkpoints_root(output_dir) / f"checkpoint-{step}{_STAGING}{uuid.uuid4().hex[:8]}"
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(directory: str | Path) -> Iterator[None]:
+    """Says so when what goes wrong inside is that the disk of `directory` is full: torch's own words do not.
+
+    Raises:
+        TrainError: the disk is full. Any other error stays as it is.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        num_free_bytes = _num_free_bytes(Path(directory))
+        if isinstance(error, SftFastError) or num_free_bytes >= _FULL_DISK_BYTES:
+            raise
+        raise TrainError(
+            f"the disk is full: {console.size(num_free_bytes)} are free, too little for the checkpoint",
+            code="disk_full",
+            path=str(directory),
+            hint="free some space, or keep fewer checkpoints with max_ckpt_to_keep; the older ones are whole, and "
+            "resume_from_checkpoint=true goes on from the newest",
+        ) from error
+
+
+def _num_free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def commit(staging: Path, state: TrainState) -> Checkpoint:

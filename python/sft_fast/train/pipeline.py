@@ -31,6 +31,7 @@ from sft_fast.train.checkpoint import (
     clean_up,
     commit,
     keep_newest,
+    naming_a_full_disk,
     staging_directory,
 )
 from sft_fast.train.cluster import Call, Cluster, LocalCluster, Ranks
@@ -151,6 +152,7 @@ class SFTPipeline:
                 progress.note(f"the model is in {config.export_dir}")
         finally:
             cluster.shutdown()
+            clean_up(config.output_dir)  # of the checkpoint that was being written, where an error ended the run
 
     @contextlib.contextmanager
     def _loadable(self, resumed: Checkpoint | None, progress: RunProgress) -> Iterator[tuple[str | None, bool]]:
@@ -229,7 +231,8 @@ class SFTPipeline:
         progress.step(step, is_logged)
         if calls.checkpoint is not None and calls.staging is not None:
             took = max(calls.checkpoint.result())
-            saved = commit(calls.staging, replace(state, saved_at=time.time()))
+            with naming_a_full_disk(calls.staging):
+                saved = commit(calls.staging, replace(state, saved_at=time.time()))
             progress.note(f"checkpoint {saved.path}, written in {seconds(took)}")
             keep_newest(config.output_dir, state.run_id, config.max_ckpt_to_keep)
         return state

@@ -18,7 +18,7 @@ import torch
 from sft_fast.data import Dataset, StepPlan, StepStream
 from sft_fast.errors import ConfigError
 from sft_fast.train.batch import MicroBatch, Prefetcher, make_micro_batch
-from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY
+from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, naming_a_full_disk
 from sft_fast.train.export import save_model_files, write_model
 from sft_fast.train.model import SFTModel, check_model, load_model
 from sft_fast.train.optim import learning_rate_schedule
@@ -158,12 +158,16 @@ class SFTWorker:
 
         Returns:
             The seconds it took.
+
+        Raises:
+            TrainError: the disk is full.
         """
         start = time.perf_counter()
-        self._strategy.save(directory, CLUSTER_NAME)
-        if self._rank.rank == 0:
-            config = self._strategy.model.hf_model.config
-            save_model_files(config, self._config.pretrain, Path(directory, MODEL_DIRECTORY))
+        with naming_a_full_disk(directory):
+            self._strategy.save(directory, CLUSTER_NAME)
+            if self._rank.rank == 0:
+                config = self._strategy.model.hf_model.config
+                save_model_files(config, self._config.pretrain, Path(directory, MODEL_DIRECTORY))
         return time.perf_counter() - start
 
     def export(self, output_dir: str) -> None:
