@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -372,11 +373,24 @@ def test_notes_are_not_results(run_cli: Run, config_file: Path) -> None:
     assert set(json.loads(result.stdout)) == {"train", "validation"}
 
 
-def test_start_script_is_the_command(config_file: Path, tmp_path: Path) -> None:
-    """The start script takes ROLL's arguments and overrides, and answers as `sft-fast train` does."""
-    script = Path(__file__).parent.parent / "examples" / "start_sft_pipeline.py"
-    command = [sys.executable, script, "--config_path", ".", "--config_name", "run", "sequence_len=5"]
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    assert_one_error(result, "sequence_len", "the nearest known key is sequence_length")
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, EXAMPLES / "start_sft_pipeline.py", "--config_path", ".", "--config_name", "run"],
+        ["bash", EXAMPLES / "qwen2.5-7B-sft_deepspeed" / "run_sft_pipeline.sh"],
+    ],
+)
+def test_start_scripts_are_the_command(config_file: Path, tmp_path: Path, command: list[str | Path]) -> None:
+    """The start scripts take overrides, from any directory, and answer as `sft-fast train` does."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    for override, answer in [
+        ("sequence_len=5", "the nearest known key is sequence_length"),
+        ("pretrain=/no/model", "no model directory here"),
+    ]:
+        result = subprocess.run(
+            [*command, override], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert_one_error(result, override.split("=")[0], answer)
