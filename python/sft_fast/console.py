@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -101,7 +101,11 @@ class PreprocessProgress:
 
     def __enter__(self) -> PreprocessProgress:
         if self._console.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(), _Amount(), _Rates(), TimeRemainingColumn()]
+            # Where the line is too narrow, the bar is the one that gives way.
+            amount, rates, left = (
+                column(table_column=Column(no_wrap=True)) for column in (_Amount, _Rates, TimeRemainingColumn)
+            )
+            columns = [TextColumn("{task.description}"), BarColumn(), amount, rates, left]
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=None, num_records=0)
