@@ -31,6 +31,7 @@ HEAVY = {"accelerate", "deepspeed", "peft", "ray", "tensorboard", "torch", "tran
 # The same for the modules of the core crate.
 RUST_LAYERS = [
     {"error", "json", "random"},
+    {"hash"},
     {"source", "conversation", "tokenize", "staging", "shard", "pack"},
     {"plan", "template", "sample", "manifest"},
     {"model", "batch"},

@@ -8,6 +8,7 @@
 pub mod batch;
 pub mod conversation;
 pub mod error;
+pub mod hash;
 pub mod json;
 pub mod manifest;
 pub mod model;

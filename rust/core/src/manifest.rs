@@ -5,10 +5,10 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::shard::{Shard, ShardInfo, TokenIds, TokenType, sha256};
+use crate::hash::{sha256, sha256_of_file};
+use crate::shard::{Shard, ShardInfo, TokenIds, TokenType};
 
 /// File name of the manifest. It is written last: where it is, the dataset is whole.
 pub const MANIFEST_NAME: &str = "manifest.json";
@@ -64,7 +64,7 @@ impl Recipe {
     pub fn fingerprint(&self, files: &[SourceInfo]) -> String {
         let content: Vec<_> = files.iter().map(|file| (file.num_bytes, &file.blake3)).collect();
         let canonical = serde_json::to_vec(&(DATASET_FORMAT, FORMAT_VERSION, self, content)).expect("plain data");
-        Sha256::digest(canonical).iter().map(|byte| format!("{byte:02x}")).collect()
+        sha256(&canonical)
     }
 }
 
@@ -350,7 +350,7 @@ impl Dataset {
             let path = self.directory.join(&info.name);
             let damaged =
                 |what: String| Error::new(ErrorKind::Dataset, format!("damaged shard: {what}")).with_path(&path);
-            let found = sha256(&path)?;
+            let found = sha256_of_file(&path)?;
             if found != info.sha256 {
                 return Err(damaged(format!("expected SHA-256 {}, found {found}", info.sha256))
                     .with_hint("preprocess again; the file changed after it was written"));

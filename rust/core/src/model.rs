@@ -1,14 +1,12 @@
 //! What preprocessing takes from a model directory: its tokenizer and its chat template, and their identity.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
+use crate::conversation::Conversation;
 use crate::error::Result;
-use crate::shard::sha256;
+use crate::hash::{sha256, sha256_of_file};
 use crate::template::{self, ChatTemplate, DateTime, Rendered};
-use crate::tokenize::{self, Encode, Tokenizer};
+use crate::tokenize::{self, Encode, Tokenizer, Tokens};
 
 /// A tokenizer and the chat template that goes with it.
 pub struct Model {
@@ -39,7 +37,7 @@ impl Model {
             None => DateTime::now().to_string()[.."2026-01-31".len()].parse()?,
         };
         let tokenizer = tokenize::load(directory)?;
-        let tokenizer_sha256 = sha256(&directory.join("tokenizer.json"))?;
+        let tokenizer_sha256 = sha256_of_file(&directory.join("tokenizer.json"))?;
         let (name, source, special_tokens) = template::load(directory, template)?;
         let special = |name: &str| special_tokens.iter().find(|(key, _)| key == name).map(|(_, token)| &**token);
         let pad_token_id = [special("pad_token"), special("eos_token")]
@@ -48,7 +46,7 @@ impl Model {
             .find_map(|token| tokenizer.token_to_id(token))
             .unwrap_or(0);
         let canonical = serde_json::to_vec(&(&source, &special_tokens)).expect("plain data");
-        let template_sha256 = Sha256::digest(canonical).iter().map(|byte| format!("{byte:02x}")).collect();
+        let template_sha256 = sha256(&canonical);
         Ok(Self {
             directory: directory.into(),
             tokenizer,
@@ -68,20 +66,18 @@ pub struct Sampler<'a> {
     /// The last text and its label spans.
     pub rendered: Rendered,
     /// The tokens of the last text.
-    pub ids: Vec<u32>,
-    /// The runs of tokens that are trained on.
-    pub runs: Vec<Range<u32>>,
+    pub tokens: Tokens,
 }
 
 impl<'a> Sampler<'a> {
     /// Buffers for `model`.
     pub fn new(model: &'a Model) -> Self {
-        Self { encoder: model.tokenizer.encoder(), rendered: Rendered::default(), ids: Vec::new(), runs: Vec::new() }
+        Self { encoder: model.tokenizer.encoder(), rendered: Rendered::default(), tokens: Tokens::default() }
     }
 
     /// Renders and encodes `conversation` into the buffers.
-    pub fn sample(&mut self, model: &Model, conversation: &crate::conversation::Conversation<'_>) -> Result<()> {
+    pub fn sample(&mut self, model: &Model, conversation: &Conversation<'_>) -> Result<()> {
         model.template.render(conversation, &mut self.rendered)?;
-        self.encoder.encode(&self.rendered.text, &self.rendered.spans, &mut self.ids, &mut self.runs)
+        self.encoder.encode(&self.rendered.text, &self.rendered.spans, &mut self.tokens)
     }
 }

@@ -7,16 +7,15 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::{File, Permissions};
-use std::io::Read;
 use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensors, View};
-use sha2::{Digest, Sha256};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::hash::sha256_of_file;
 
 /// The value of the key `format` in the metadata of every shard.
 pub const SHARD_FORMAT: &str = "sft-fast-shard-1";
@@ -139,7 +138,7 @@ impl ShardBuilder {
             .map_err(|error| Error::io("write", &path, &error))?;
         file.sync_all().map_err(|error| Error::io("write", &path, &error))?;
         let num_bytes = file.metadata().map_err(|error| Error::io("read", &path, &error))?.len();
-        Ok(ShardInfo { name: name.into(), num_bytes, sha256: sha256(&path)?, num_samples, num_tokens })
+        Ok(ShardInfo { name: name.into(), num_bytes, sha256: sha256_of_file(&path)?, num_samples, num_tokens })
     }
 }
 
@@ -169,20 +168,6 @@ impl View for Tensor<'_> {
     fn data_len(&self) -> usize {
         self.bytes.len()
     }
-}
-
-/// SHA-256 of a file, in hexadecimal.
-pub fn sha256(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(|error| Error::io("open", path, &error))?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 18];
-    loop {
-        match file.read(&mut buffer).map_err(|error| Error::io("read", path, &error))? {
-            0 => break,
-            count => hasher.update(&buffer[..count]),
-        }
-    }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Sets bits `range`, counted from the lowest bit of the first byte.

@@ -74,11 +74,11 @@ impl ChatTemplate {
         record: &str,
     ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<bool>>)> {
         let (ids, mask) = self.sample(py, record, |sampler| {
-            let mut mask = vec![false; sampler.ids.len()];
-            for run in &sampler.runs {
+            let mut mask = vec![false; sampler.tokens.ids.len()];
+            for run in &sampler.tokens.runs {
                 mask[run.start as usize..run.end as usize].fill(true);
             }
-            (sampler.ids, mask)
+            (sampler.tokens.ids, mask)
         })?;
         Ok((PyArray1::from_vec(py, ids), PyArray1::from_vec(py, mask)))
     }

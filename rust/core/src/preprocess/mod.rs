@@ -340,7 +340,7 @@ mod tests {
 
     use super::*;
     use crate::template::ChatTemplate;
-    use crate::tokenize::{Encode, Tokenizer};
+    use crate::tokenize::{Encode, Tokenizer, Tokens};
 
     /// A tokenizer with a bug: it can't bear the letter z. Every other character is a token.
     struct Fragile;
@@ -364,16 +364,10 @@ mod tests {
     }
 
     impl Encode for Fragile {
-        fn encode(
-            &mut self,
-            text: &str,
-            spans: &[Range<usize>],
-            ids: &mut Vec<u32>,
-            runs: &mut Vec<Range<u32>>,
-        ) -> Result<()> {
+        fn encode(&mut self, text: &str, spans: &[Range<usize>], tokens: &mut Tokens) -> Result<()> {
             assert!(!text.contains('z'), "a bug");
-            *ids = text.bytes().map(u32::from).collect();
-            *runs = spans.iter().map(|span| span.start as u32..span.end as u32).collect();
+            tokens.ids = text.bytes().map(u32::from).collect();
+            tokens.runs = spans.iter().map(|span| span.start as u32..span.end as u32).collect();
             Ok(())
         }
     }

@@ -107,14 +107,14 @@ fn encode_record(
     let conversation = Conversation::from_record(value, &options.mapping)?;
     sampler.sample(model, &conversation)?;
 
-    let num_tokens = sampler.ids.len();
-    let kept = fit(num_tokens, &mut sampler.runs, options.sequence_length, options.too_long)?;
+    let num_tokens = sampler.tokens.ids.len();
+    let kept = fit(num_tokens, &mut sampler.tokens.runs, options.sequence_length, options.too_long)?;
     batch.num_truncated += u64::from(kept < num_tokens);
-    batch.ids.extend_from_slice(&sampler.ids[..kept]);
-    batch.runs.extend_from_slice(&sampler.runs);
+    batch.ids.extend_from_slice(&sampler.tokens.ids[..kept]);
+    batch.runs.extend_from_slice(&sampler.tokens.runs);
     batch.samples.push(BatchSample {
         num_tokens: kept as u32,
-        num_runs: sampler.runs.len() as u32,
+        num_runs: sampler.tokens.runs.len() as u32,
         line: record.position.line,
     });
     Ok(())

@@ -30,25 +30,27 @@ pub trait Tokenizer: Send + Sync {
     fn why_not_fast(&self) -> Option<&str>;
 }
 
+/// The tokens of one text; keep it to reuse its memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tokens {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Runs of token numbers that are trained on, ascending and disjoint.
+    pub runs: Vec<Range<u32>>,
+}
+
 /// Encodes texts, one after the other.
 pub trait Encode {
-    /// Replaces `ids` with the tokens of `text`, without special tokens around it; added tokens inside the text are
+    /// Replaces `tokens` with those of `text`, without special tokens around it; added tokens inside the text are
     /// recognised. The ids are those of `tokenizers` 0.23, `encode(text, add_special_tokens=False)`.
     ///
-    /// Replaces `runs` with the tokens that lie in `spans`, as runs of token numbers, ascending and disjoint. A token does
-    /// if it covers at least one byte of a span, the rule of `return_assistant_tokens_mask` in `transformers`: a token that
-    /// reaches over the border of an answer has to be produced to begin or end that answer. `spans` are ascending and
-    /// disjoint byte ranges of the text.
+    /// The runs are the tokens that lie in `spans`: those that cover at least one byte of a span, the rule of
+    /// `return_assistant_tokens_mask` in `transformers`. A token that reaches over the border of an answer has to be
+    /// produced to begin or end that answer. `spans` are ascending and disjoint byte ranges of the text.
     ///
     /// # Errors
     /// [`ErrorKind::EncodeFailed`] where the tokenizer can't represent the text.
-    fn encode(
-        &mut self,
-        text: &str,
-        spans: &[Range<usize>],
-        ids: &mut Vec<u32>,
-        runs: &mut Vec<Range<u32>>,
-    ) -> Result<()>;
+    fn encode(&mut self, text: &str, spans: &[Range<usize>], tokens: &mut Tokens) -> Result<()>;
 }
 
 /// Loads `tokenizer.json` of a model directory.
@@ -99,13 +101,8 @@ struct FastEncoder<'a> {
 }
 
 impl Encode for FastEncoder<'_> {
-    fn encode(
-        &mut self,
-        text: &str,
-        spans: &[Range<usize>],
-        ids: &mut Vec<u32>,
-        runs: &mut Vec<Range<u32>>,
-    ) -> Result<()> {
+    fn encode(&mut self, text: &str, spans: &[Range<usize>], tokens: &mut Tokens) -> Result<()> {
+        let Tokens { ids, runs } = tokens;
         ids.clear();
         runs.clear();
         self.places.clear();

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::Path;
 
-use super::{Encode, Tokenizer};
+use super::{Encode, Tokenizer, Tokens};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Any tokenizer that Hugging Face's `tokenizers` can load.
@@ -51,19 +51,13 @@ impl Tokenizer for ReferenceTokenizer {
 struct ReferenceEncoder<'a>(&'a tokenizers::Tokenizer);
 
 impl Encode for ReferenceEncoder<'_> {
-    fn encode(
-        &mut self,
-        text: &str,
-        spans: &[Range<usize>],
-        ids: &mut Vec<u32>,
-        runs: &mut Vec<Range<u32>>,
-    ) -> Result<()> {
-        let tokens = self.0.encode(text, false).map_err(|error| {
+    fn encode(&mut self, text: &str, spans: &[Range<usize>], tokens: &mut Tokens) -> Result<()> {
+        let encoding = self.0.encode(text, false).map_err(|error| {
             Error::new(ErrorKind::EncodeFailed, format!("the tokenizer can't encode the text: {error}"))
         })?;
-        ids.clear();
-        ids.extend_from_slice(tokens.get_ids());
-        label_runs(tokens.get_offsets(), spans, runs);
+        tokens.ids.clear();
+        tokens.ids.extend_from_slice(encoding.get_ids());
+        label_runs(encoding.get_offsets(), spans, &mut tokens.runs);
         Ok(())
     }
 }
