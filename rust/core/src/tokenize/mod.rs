@@ -10,7 +10,7 @@ pub mod reference;
 use std::ops::Range;
 use std::path::Path;
 
-use fast::{FastTokenizer, Mark, Request, Scratch};
+use fast::{FastTokenizer, Mark, Scratch};
 use reference::ReferenceTokenizer;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -109,8 +109,7 @@ impl Encode for FastEncoder<'_> {
         self.marks.clear();
         let spans = spans.iter().filter(|span| !span.is_empty());
         self.places.extend(spans.flat_map(|span| [span.start, span.end]));
-        let request = Request { marks: &self.places, plain: &[] };
-        self.tokenizer.encode_request(text, request, &mut self.scratch, ids, &mut self.marks);
+        self.tokenizer.encode_marks(text, &self.places, &mut self.scratch, ids, &mut self.marks);
         for marks in self.marks.chunks_exact(2) {
             let run = marks[0].token as u32..marks[1].as_end() as u32;
             match runs.last_mut() {

@@ -63,7 +63,7 @@ impl Encode for ReferenceEncoder<'_> {
 }
 
 /// The runs of tokens that touch `spans`; `offsets` are the bytes that each token covers.
-fn label_runs(offsets: &[(usize, usize)], spans: &[Range<usize>], runs: &mut Vec<Range<u32>>) {
+pub(super) fn label_runs(offsets: &[(usize, usize)], spans: &[Range<usize>], runs: &mut Vec<Range<u32>>) {
     runs.clear();
     let mut spans = spans.iter().filter(|span| !span.is_empty()).peekable();
     for (&(start, end), token) in offsets.iter().zip(0..) {

@@ -15,6 +15,8 @@ mod bpe;
 mod cache;
 mod classes;
 mod cuts;
+#[cfg(test)]
+mod families;
 mod load;
 mod normalize;
 mod pretokenize;
@@ -100,15 +102,6 @@ impl Scratch {
     }
 }
 
-/// How a text is encoded.
-#[derive(Clone, Copy, Default)]
-pub struct Request<'a> {
-    /// Places in the text (bytes, ascending, at most its length) of which one wants to know the token.
-    pub marks: &'a [usize],
-    /// Ranges of bytes (ascending, disjoint) in which no added token is recognised.
-    pub plain: &'a [Range<usize>],
-}
-
 impl FastTokenizer {
     /// Reads a tokenizer.json.
     ///
@@ -135,48 +128,31 @@ impl FastTokenizer {
         })
     }
 
-    /// Whether text is normalised to NFC first.
-    pub fn is_nfc(&self) -> bool {
-        self.parts.nfc.is_some()
-    }
-
     /// Appends the ids of `text` to `ids`.
     pub fn encode(&self, text: &str, scratch: &mut Scratch, ids: &mut Vec<u32>) {
-        self.encode_request(text, Request::default(), scratch, ids, &mut Vec::new());
+        self.encode_marks(text, &[], scratch, ids, &mut Vec::new());
     }
 
-    /// Appends the ids of `text` to `ids`, and to `marks` one mark for each place of the request.
-    pub fn encode_request(
+    /// Appends the ids of `text` to `ids`, and to `marks` one mark for each of `places` (bytes, ascending, at most the length
+    /// of the text, not within characters).
+    pub fn encode_marks(
         &self,
         text: &str,
-        request: Request,
+        places: &[usize],
         scratch: &mut Scratch,
         ids: &mut Vec<u32>,
         marks: &mut Vec<Mark>,
     ) {
-        let mut run = self.run(scratch, ids, Marker { places: request.marks, marks });
-        run.text(text, request.plain);
-        let end = run.ids.len();
-        run.marker.at_end(end);
-    }
-
-    /// Appends the ids of `text` to `ids`, and to `ends` the end of each in bytes of `text`. The tokens tile the text: each starts
-    /// where the one before ends. (Where NFC changed a stretch of the text, its tokens end with the stretch.)
-    pub fn encode_ends(&self, text: &str, scratch: &mut Scratch, ids: &mut Vec<u32>, ends: &mut Vec<u32>) {
-        let mut marks = Vec::new();
-        let mut run = self.run(scratch, ids, Marker { places: &[], marks: &mut marks });
-        run.ends = Some(ends);
-        run.text(text, &[]);
-    }
-
-    fn run<'a>(&'a self, scratch: &'a mut Scratch, ids: &'a mut Vec<u32>, marker: Marker<'a>) -> Run<'a> {
         let Scratch { cache_bytes, owner, cache, work } = scratch;
         if *owner != self.number {
             *owner = self.number;
             *cache = None;
         }
         let cache = cache.get_or_insert_with(|| Cache::new(*cache_bytes));
-        Run { parts: &self.parts, cache, work, ids, marker, ends: None }
+        let mut run = Run { parts: &self.parts, cache, work, ids, marker: Marker { places, marks } };
+        run.text(text);
+        let end = run.ids.len();
+        run.marker.at_end(end);
     }
 }
 
@@ -211,15 +187,14 @@ struct Run<'a> {
     work: &'a mut Work,
     ids: &'a mut Vec<u32>,
     marker: Marker<'a>,
-    ends: Option<&'a mut Vec<u32>>,
 }
 
 impl Run<'_> {
-    fn text(&mut self, text: &str, plain: &[Range<usize>]) {
+    fn text(&mut self, text: &str) {
         let parts = self.parts;
-        parts.raw_added.split(text, plain, |piece| match piece {
+        parts.raw_added.split(text, |piece| match piece {
             Piece::Token { id, range } => self.added(id, range),
-            Piece::Text(range) => self.between(&text[range.clone()], range.start, plain),
+            Piece::Text(range) => self.between(&text[range.clone()], range.start),
         });
     }
 
@@ -230,56 +205,35 @@ impl Run<'_> {
             self.marker.put(self.ids.len(), inside);
         }
         self.ids.push(id);
-        if let Some(ends) = &mut self.ends {
-            ends.push(range.end as u32);
-        }
     }
 
     /// Text between added tokens, before normalisation; `base` is where it starts.
-    fn between(&mut self, text: &str, base: usize, plain: &[Range<usize>]) {
-        let parts = self.parts;
-        let normalized = parts.nfc.as_ref().and_then(|nfc| nfc.normalize(text));
-        let Some(normalized) = normalized else {
-            let plain = plain_within(plain, base..base + text.len(), |at| at - base);
-            parts.normalized_added.split(text, &plain, |piece| match piece {
-                Piece::Token { id, range } => self.added(id, base + range.start..base + range.end),
-                Piece::Text(range) => self.pretokens(text[range.clone()].as_bytes(), base + range.start),
-            });
-            return;
+    fn between(&mut self, text: &str, base: usize) {
+        let Some(normalized) = self.parts.nfc.as_ref().and_then(|nfc| nfc.normalize(text)) else {
+            return self.normalized(text, base);
         };
-        // NFC changed something: encode the normalised text as a text of its own, then lead its places back.
-        let plain = plain_within(plain, base..base + text.len(), |at| normalized.place(at - base).0);
+        // NFC changed something: the normalised text is encoded as a text of its own, with the places led there.
         let here = self.marker.places.partition_point(|place| *place < base + text.len());
         let (places, later) = self.marker.places.split_at(here);
-        let placed: Vec<(usize, bool)> = places.iter().map(|place| normalized.place(place - base)).collect();
-        let inner_places: Vec<usize> = placed.iter().map(|place| place.0).collect();
-        let mut inner_marks = Vec::new();
-        let mut inner_ends = Vec::new();
-        let mut inner = Run {
-            parts,
-            cache: self.cache,
-            work: self.work,
-            ids: self.ids,
-            marker: Marker { places: &inner_places, marks: &mut inner_marks },
-            ends: self.ends.is_some().then_some(&mut inner_ends),
-        };
-        parts.normalized_added.split(&normalized.text, &plain, |piece| match piece {
-            Piece::Token { id, range } => inner.added(id, range),
-            Piece::Text(range) => inner.pretokens(normalized.text[range.clone()].as_bytes(), range.start),
-        });
-        inner.marker.at_end(inner.ids.len());
-        self.marker.marks.extend(
-            inner_marks.iter().zip(&placed).map(|(mark, (_, inside))| Mark { inside: mark.inside || *inside, ..*mark }),
-        );
+        let places: Vec<usize> = places.iter().map(|place| normalized.place(place - base)).collect();
+        let marker = Marker { places: &places, marks: self.marker.marks };
+        let mut inner = Run { parts: self.parts, cache: self.cache, work: self.work, ids: self.ids, marker };
+        inner.normalized(&normalized.text, 0);
+        let end = inner.ids.len();
+        inner.marker.at_end(end);
         self.marker.places = later;
-        if let Some(ends) = &mut self.ends {
-            ends.extend(inner_ends.iter().map(|end| (base + normalized.origin(*end as usize)) as u32));
-        }
+    }
+
+    /// Text between added tokens, normalised.
+    fn normalized(&mut self, text: &str, base: usize) {
+        self.parts.normalized_added.split(text, |piece| match piece {
+            Piece::Token { id, range } => self.added(id, base + range.start..base + range.end),
+            Piece::Text(range) => self.pretokens(text[range.clone()].as_bytes(), base + range.start),
+        });
     }
 
     /// Text without added tokens, as it is; `base` is where it starts.
     fn pretokens(&mut self, text: &[u8], base: usize) {
-        let num_before = self.ids.len();
         self.work.cursor.reset();
         let mut batch_start = 0;
         loop {
@@ -289,16 +243,6 @@ impl Run<'_> {
                 break;
             }
             batch_start = batch_end;
-        }
-        if let Some(ends) = &mut self.ends {
-            let mut end = 0;
-            for id in &self.ids[num_before..] {
-                end = self.parts.end_of(*id, text, end);
-                ends.push((base + end) as u32);
-            }
-            if let Some(last) = ends.last_mut().filter(|_| num_before < self.ids.len()) {
-                *last = (base + text.len()) as u32;
-            }
         }
     }
 
@@ -392,10 +336,4 @@ impl load::Parts {
         let kept = text[start..].iter().enumerate().filter(|(_, byte)| self.merges.keeps(**byte));
         kept.take(len).last().map_or(start, |(i, _)| start + i + 1)
     }
-}
-
-/// The parts of `plain` that lie in `range`, led to other places.
-fn plain_within(plain: &[Range<usize>], range: Range<usize>, place: impl Fn(usize) -> usize) -> Vec<Range<usize>> {
-    let overlapping = plain.iter().filter(|plain| plain.start < range.end && range.start < plain.end);
-    overlapping.map(|plain| place(plain.start.max(range.start))..place(plain.end.min(range.end))).collect()
 }
