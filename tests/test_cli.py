@@ -60,10 +60,12 @@ def test_version(run_cli: Run) -> None:
     assert (result.returncode, result.stdout) == (0, f"sft-fast {sft_fast.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["preprocess", "train", "validate", "inspect", "verify", "export"])
+@pytest.mark.parametrize(
+    "command", ["preprocess", "train", "validate", "inspect", "verify", "cache list", "cache prune", "export"]
+)
 def test_help_of_every_command(run_cli: Run, command: str) -> None:
     """Every command of the design is there and explains itself; those that read a configuration name its options."""
-    result = run_cli(command, "--help")
+    result = run_cli(*command.split(), "--help")
 
     assert result.returncode == 0
     assert f"Usage: sft-fast {command} " in result.stdout

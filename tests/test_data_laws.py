@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import sft_fast
-from sft_fast.data import StepStream
 from sft_fast.errors import DatasetError, FileError, InputError, SftFastError
+from sft_fast.stream import StepStream
 from tests.data_helpers import contents, dump_lines, knobs, make_dataset, plain_samples, random_records
 
 OPTIONS: dict[str, Any] = {"sequence_length": 1024, "system_key": "system", "query_key": "input"}

@@ -16,9 +16,10 @@ CORE = ROOT / "rust" / "core" / "src"
 # From the bottom up. A unit (a module or a package below `sft_fast`; "" is `sft_fast` itself) imports only from lower
 # ones, and from itself.
 PYTHON_LAYERS = [
-    {"errors"},
+    {"errors", "lease"},
     {"_core", "config", "configs", "console"},
-    {"data", "chat_template"},
+    {"data", "chat_template", "cache"},
+    {"stream"},
     {""},
     {"inspect"},
     {"train"},
@@ -120,7 +121,7 @@ def test_rust_modules_run_one_way(module: Path) -> None:
         "import sft_fast.config, sft_fast.inspect.terminal, sft_fast.check",
         *(
             f"import sft_fast.cli; sys.argv = ['sft-fast', {command!r}, '--help']; sft_fast.cli.main()"
-            for command in ("preprocess", "train", "validate", "inspect", "verify", "export")
+            for command in ("preprocess", "train", "validate", "inspect", "verify", "export", "cache")
         ),
     ],
 )

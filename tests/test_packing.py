@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_fast import Dataset, Packing
-from sft_fast.data import StepStream
 from sft_fast.errors import ConfigError, InputError, SftFastError
+from sft_fast.stream import StepStream
 from tests.data_helpers import PlainSample, plain_samples, write_dataset
 
 CAPACITY = 32

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
+DATASET_FORMAT: str
+FORMAT_VERSION: int
 
 class Progress:
     is_hashing: bool

@@ -36,6 +36,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+cache = typer.Typer(
+    help="The data sets that training keeps, and the space they take. DIR is a data_cache_dir; by default that of the "
+    "configuration.",
+    no_args_is_help=True,
+)
+app.add_typer(cache, name="cache")
+
 ConfigPath = Annotated[
     str,
     typer.Option("--config-path", "--config_path", metavar="DIR", help="Directory of the configuration."),
@@ -50,6 +57,9 @@ OptionalConfigName = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace those of the file.")
+]
+CacheDirectory = Annotated[
+    list[str] | None, typer.Argument(metavar="DIR", help="The cache; with --config-name: KEY=VALUE overrides.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -203,6 +213,57 @@ def verify(
     typer.echo(f"{path}: whole, {console.count(len(dataset))} samples, {console.count(num_tokens)} tokens")
 
 
+@cache.command("list")
+def cache_list(
+    arguments: CacheDirectory = None,
+    as_json: AsJson = False,
+    config_path: ConfigPath = ".",
+    config_name: OptionalConfigName = None,
+) -> None:
+    """List the data sets in a cache, those used longest ago first, and what killed runs left."""
+    from sft_fast.cache import list_cache
+
+    content = list_cache(_cache_path(arguments, config_path, config_name))
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(content), "num_bytes": content.num_bytes}))
+    else:
+        console.print_cache(content)
+
+
+@cache.command("prune")
+def cache_prune(
+    arguments: CacheDirectory = None,
+    older_than: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Remove what was not used for 30d, 12h, 2w …")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Remove what was not used for longest, down to 50GB …")
+    ] = None,
+    all_datasets: Annotated[bool, typer.Option("--all", help="Remove every data set.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: AsJson = False,
+    config_path: ConfigPath = ".",
+    config_name: OptionalConfigName = None,
+) -> None:
+    """Free space in a cache: what killed runs left and damaged data sets always, others as the options say.
+
+    What a process makes or uses stays.
+    """
+    from sft_fast.cache import parse_duration, parse_size, prune_cache
+
+    report = prune_cache(
+        _cache_path(arguments, config_path, config_name),
+        older_than_seconds=None if older_than is None else parse_duration(older_than),
+        max_bytes=None if max_bytes is None else parse_size(max_bytes),
+        all_datasets=all_datasets,
+        dry_run=dry_run,
+    )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report)))
+    else:
+        console.print_pruned(report)
+
+
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory of a run.")],
@@ -245,6 +306,19 @@ def _dataset_path(arguments: Sequence[str] | None, config_path: str, config_name
         return str(_preprocess_config(_load(config_path, config_name, arguments))["train"].path)
     if not arguments or len(arguments) != 1:
         raise ConfigError("expected one data set", code="usage", hint="give its directory, or --config-name")
+    return arguments[0]
+
+
+def _cache_path(arguments: Sequence[str] | None, config_path: str, config_name: str | None) -> str:
+    """The cache that a command is about: its argument, that of a configuration, or where a configuration has it."""
+    if config_name is not None:
+        return _load(config_path, config_name, arguments).data_cache_dir
+    if not arguments:
+        from sft_fast.config import SFTConfig
+
+        return SFTConfig.data_cache_dir
+    if len(arguments) > 1:
+        raise ConfigError("expected one directory", code="usage", hint="give one cache, or --config-name")
     return arguments[0]
 
 

@@ -5,6 +5,7 @@ A terminal gets a moving bar and colours (unless `NO_COLOR` is set); a file or a
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from sft_fast._core import Progress as PreprocessState
+    from sft_fast.cache import CacheContent, CachedDataset, PruneReport
     from sft_fast.data import Report
 
 # Seconds between two plain progress lines.
@@ -178,3 +180,46 @@ def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(name, Text(value))
     return table
+
+
+def print_cache(content: CacheContent) -> None:
+    """The data sets of a cache, two lines each, and what killed runs left."""
+    console = stdout_console()
+    for dataset in content.datasets:
+        notes = ["in use"] if dataset.is_in_use else []
+        notes += [] if dataset.is_ours else ["never pruned: not made for the cache, or with other files in it"]
+        console.print(Text(_dataset_line(dataset, notes)), soft_wrap=True)
+        if dataset.problem is not None:
+            console.print(Text(f"    {dataset.state}: {dataset.problem}", style="red"), soft_wrap=True)
+        else:
+            files = ", ".join(dataset.files[:3]) + (f" and {len(dataset.files) - 3} more" if dataset.files[3:] else "")
+            about = f"{dataset.tokenizer}, {dataset.template} template, length {count(dataset.sequence_length or 0)}"
+            console.print(Text(f"    {about}: {files}", style="dim"), soft_wrap=True)
+    for leftover in content.leftovers:
+        state = "a process is at work" if leftover.is_alive else "left by a killed run"
+        console.print(Text(f"{os.path.basename(leftover.path)}  {size(leftover.num_bytes)}  {state}"), soft_wrap=True)
+    number = count(len(content.datasets))
+    console.print(Text(f"{content.path}: {number} data sets, {size(content.num_bytes)}"), soft_wrap=True)
+
+
+def print_pruned(report: PruneReport) -> None:
+    """What was removed from a cache, or would be."""
+    console = stdout_console()
+    for dataset in report.datasets:
+        console.print(Text(_dataset_line(dataset, [])), soft_wrap=True)
+    for leftover in report.leftovers:
+        line = f"{os.path.basename(leftover.path)}  {size(leftover.num_bytes)}  left by a killed run"
+        console.print(Text(line), soft_wrap=True)
+    verb = "would be freed" if report.is_dry_run else "freed"
+    freed, kept = size(report.num_freed_bytes), size(report.num_kept_bytes)
+    console.print(Text(f"{report.path}: {freed} {verb}, {kept} kept"), soft_wrap=True)
+    for dataset in report.kept_in_use:
+        print_note(f"{dataset.path} stays: a process makes or uses it")
+
+
+def _dataset_line(dataset: CachedDataset, notes: list[str]) -> str:
+    made, used = (time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in (dataset.made, dataset.used))
+    parts = [os.path.basename(dataset.path), size(dataset.num_bytes)]
+    if dataset.num_samples is not None and dataset.num_tokens is not None:
+        parts += [f"{count(dataset.num_samples)} samples", f"{count(dataset.num_tokens)} tokens"]
+    return "  ".join([*parts, f"used {used}", f"made {made}", dataset.state, *notes])

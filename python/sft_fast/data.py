@@ -1,4 +1,4 @@
-"""Datasets of samples on disk, the packs they are planned into, and the stream of steps that a trainer takes."""
+"""Datasets of samples on disk, and the packs they are planned into."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_fast import _core
+from sft_fast import _core, lease
 from sft_fast._core import Progress
 from sft_fast.errors import ConfigError, FileError
 
@@ -141,14 +141,21 @@ def ensure_dataset(
     """Find the dataset of these files and settings in `cache_dir`, or make it there.
 
     Datasets are found by content: the bytes of the files, the tokenizer, the template and the settings, never by path
-    or time. Of several processes that want the same dataset at once, one makes it and the others wait.
+    or time. Of several processes that want the same dataset at once, one makes it and the others wait. To its end, this
+    process counts as one that uses the dataset: `sft-fast cache prune` leaves it alone.
 
     The arguments and errors are those of `preprocess`.
     """
-    return _preprocess(cache_dir, in_cache=True, overwrite=False, files=files, tokenizer=tokenizer, template=template,
-                       sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
-                       query_key=query_key, response_key=response_key, template_date=template_date,
-                       num_threads=num_threads, on_error=on_error, too_long=too_long, progress=progress)  # fmt: skip
+    while True:
+        report = _preprocess(
+            cache_dir, in_cache=True, overwrite=False, files=files, tokenizer=tokenizer, template=template,
+            sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key, query_key=query_key,
+            response_key=response_key, template_date=template_date, num_threads=num_threads, on_error=on_error,
+            too_long=too_long, progress=progress,
+        )  # fmt: skip
+        if lease.keep(report.path):
+            return report
+        # It was pruned in the moment between; make it again.
 
 
 def _preprocess(
@@ -159,9 +166,9 @@ def _preprocess(
     num_threads: int | None,
     **arguments: Any,
 ) -> Report:
-    _check_number("sequence_length", sequence_length, 2, 2**32 - 1)
+    check_number("sequence_length", sequence_length, 2, 2**32 - 1)
     if num_threads is not None:
-        _check_number("num_threads", num_threads, 1, 1024)
+        check_number("num_threads", num_threads, 1, 1024)
     path, manifest_json, reused, seconds, why_not_fast = _core.preprocess(
         resolve_files(files), output_dir, sequence_length=sequence_length, num_threads=num_threads, **arguments
     )
@@ -224,6 +231,7 @@ class Dataset(Sequence[Sample]):
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = fspath(path)
+        self._use = lease.Use(path)
         self._core = _core.Dataset(path)
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[str]]:
@@ -286,9 +294,9 @@ class Dataset(Sequence[Sample]):
         return self._plan(sequence_length, seed, epoch, False)
 
     def _plan(self, sequence_length: int, seed: int, epoch: int, packed: bool) -> Packing:
-        _check_number("sequence_length", sequence_length, 1, 2**32 - 1)
-        _check_number("seed", seed, 0, 2**64 - 1)
-        _check_number("epoch", epoch, 0, 2**64 - 1)
+        check_number("sequence_length", sequence_length, 1, 2**32 - 1)
+        check_number("seed", seed, 0, 2**64 - 1)
+        check_number("epoch", epoch, 0, 2**64 - 1)
         return Packing(self, self._core.pack(sequence_length, seed, epoch, packed))
 
 
@@ -368,126 +376,8 @@ class Packing(Sequence[NDArray[np.uint32]]):
         return [_index(row, len(self)) for row in rows]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """What one rank does in one step. `num_tokens` and `num_label_tokens` are of the whole global batch."""
-
-    step: int
-    """Global step, from 0."""
-    epoch: int
-    num_tokens: int
-    num_label_tokens: int
-    """Tokens with a loss: what the sum of losses over all ranks is divided by."""
-    micro_batches: list[list[int]]
-    """Row numbers of each micro-batch of the rank. Every rank has the same number of micro-batches; one may be empty in
-    the last step of an epoch, where the rank joins in with a row of padding."""
-
-
-class StepStream:
-    """The steps of a run, as a pure function of the step number: nothing to save, nothing to lose.
-
-    Which samples form step k depends on the dataset, `sequence_length`, `seed` and `num_rows_per_step` alone, so a run
-    may go on with any number of ranks. Every sample is used exactly once an epoch; the last step of an epoch has the
-    rows that are left, and its loss is divided by its own label tokens.
-
-    Args:
-        dataset: The samples.
-        sequence_length: Tokens of a pack; the longest sample allowed.
-        packed: Whether a row is a pack or a single sample.
-        seed: Decides, with the epoch, which samples share a pack and the order of everything.
-        num_rows_per_step: Rows of a global batch.
-        num_epochs: Passes over the data; may be a fraction. Ignored if `max_steps` is positive.
-        max_steps: Steps of the run, if positive.
-
-    Raises:
-        ConfigError: A sample is longer than `sequence_length`, a number is out of range, or there is no step to train.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        sequence_length: int,
-        packed: bool = True,
-        seed: int,
-        num_rows_per_step: int,
-        num_epochs: float = 1.0,
-        max_steps: int = -1,
-    ) -> None:
-        self.dataset = dataset
-        self._sequence_length = sequence_length
-        self._packed = packed
-        self._seed = seed
-        _check_number("num_rows_per_step", num_rows_per_step, 1, 2**32 - 1)
-        self._num_rows_per_step = num_rows_per_step
-        # Two epochs: prefetching crosses from one into the next.
-        self._epoch_plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
-        self.num_steps_per_epoch = len(self._epoch_plan(0)[1])
-        self.num_steps = _core.total_steps(self.num_steps_per_epoch, num_epochs, max_steps if max_steps > 0 else None)
-        if self.num_steps_per_epoch == 0:
-            raise ConfigError(f"expected samples to train on, found none in {dataset.path}")
-        if self.num_steps < 1:
-            raise ConfigError(f"expected at least one step to train, found num_epochs={num_epochs}")
-
-    def _plan_epoch(self, epoch: int) -> tuple[Packing, _core.Steps]:
-        make = self.dataset.pack if self._packed else self.dataset.rows
-        packing = make(sequence_length=self._sequence_length, seed=self._seed, epoch=epoch)
-        return packing, packing._core.steps(self._num_rows_per_step)
-
-    def epoch_of(self, step: int) -> float:
-        """How many epochs are done after `step` steps."""
-        return step / self.num_steps_per_epoch
-
-    def packing(self, epoch: int) -> Packing:
-        """The rows of an epoch."""
-        return self._epoch_plan(epoch)[0]
-
-    def imbalance(self, world_size: int) -> tuple[float, float]:
-        """How much longer than the mean rank the slowest takes by the cost model: (rows dealt in order, as planned)."""
-        return self._epoch_plan(0)[1].imbalance(world_size)
-
-    def step(self, step: int, *, rank: int = 0, world_size: int = 1, rows_per_micro_batch: int) -> StepPlan:
-        """What `rank` of `world_size` does in global step `step`, from 0.
-
-        Raises:
-            IndexError: There is no such step or rank.
-        """
-        if not 0 <= step < self.num_steps:
-            raise IndexError(f"step {step} of {self.num_steps}")
-        if not 0 <= rank < world_size:
-            raise IndexError(f"rank {rank} of {world_size}")
-        epoch, index = divmod(step, self.num_steps_per_epoch)
-        packing, steps = self._epoch_plan(epoch)
-        num_tokens, num_label_tokens = packing._core.count_tokens(steps.rows(index))
-        return StepPlan(
-            step=step,
-            epoch=epoch,
-            num_tokens=num_tokens,
-            num_label_tokens=num_label_tokens,
-            micro_batches=steps.assign(index, rank, world_size, rows_per_micro_batch),
-        )
-
-    def batch(self, step: StepPlan, micro_batch: int) -> Batch:
-        """The arrays of a micro-batch, as `Packing.batch` with shifted labels, as wide as its longest row."""
-        packing = self.packing(step.epoch)
-        rows = step.micro_batches[micro_batch]
-        if not rows:
-            return _padding_batch(self.dataset.pad_token_id)
-        return packing.batch(rows, shift_labels=True, width=packing._core.max_row_tokens(rows))
-
-
-def _padding_batch(pad_token_id: int) -> Batch:
-    """One row of two tokens without a loss: what a rank computes when it has no rows."""
-    return {
-        "input_ids": np.full((1, 2), pad_token_id, np.int64),
-        "labels": np.full((1, 2), -100, np.int64),
-        "position_ids": np.arange(2, dtype=np.int64)[None],
-        "cu_seqlens": np.array([0, 2], np.int32),
-        "max_seqlen": 2,
-    }
-
-
-def _check_number(name: str, value: int, lowest: int, highest: int) -> None:
+def check_number(name: str, value: int, lowest: int, highest: int) -> None:
+    """Raises a `ConfigError` for a number out of range."""
     if not lowest <= value <= highest:
         raise ConfigError(f"expected {name} to be a number from {lowest:,} to {highest:,}, found {value:,}")
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sft_fast.console import count
-from sft_fast.data import Dataset, StepStream
+from sft_fast.data import Dataset
+from sft_fast.stream import StepStream
 
 if TYPE_CHECKING:
     from sft_fast.config import SFTConfig

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sft_fast.data import Dataset, StepPlan, StepStream
+from sft_fast.data import Dataset
 from sft_fast.errors import ConfigError
+from sft_fast.stream import StepPlan, StepStream
 from sft_fast.train.batch import MicroBatch, Prefetcher, make_micro_batch
 from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, naming_a_full_disk
 from sft_fast.train.export import save_model_files, write_model

@@ -11,6 +11,8 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("DATASET_FORMAT", sft_fast_core::manifest::DATASET_FORMAT)?;
+    module.add("FORMAT_VERSION", sft_fast_core::manifest::FORMAT_VERSION)?;
     module.add_class::<dataset::Dataset>()?;
     module.add_class::<packing::Packing>()?;
     module.add_class::<packing::Steps>()?;

@@ -175,7 +175,7 @@ impl Packing {
     }
 }
 
-/// See `sft_fast.data.StepStream`: the steps of one epoch.
+/// See `sft_fast.stream.StepStream`: the steps of one epoch.
 #[pyclass(frozen, module = "sft_fast._core")]
 pub struct Steps {
     costs: Vec<u64>,

@@ -1,0 +1,131 @@
+"""The steps of a run over a dataset, and the micro-batches of each rank: what a trainer takes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from sft_fast import _core
+from sft_fast.data import Batch, Dataset, Packing, check_number
+from sft_fast.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What one rank does in one step. `num_tokens` and `num_label_tokens` are of the whole global batch."""
+
+    step: int
+    """Global step, from 0."""
+    epoch: int
+    num_tokens: int
+    num_label_tokens: int
+    """Tokens with a loss: what the sum of losses over all ranks is divided by."""
+    micro_batches: list[list[int]]
+    """Row numbers of each micro-batch of the rank. Every rank has the same number of micro-batches; one may be empty in
+    the last step of an epoch, where the rank joins in with a row of padding."""
+
+
+class StepStream:
+    """The steps of a run, as a pure function of the step number: nothing to save, nothing to lose.
+
+    Which samples form step k depends on the dataset, `sequence_length`, `seed` and `num_rows_per_step` alone, so a run
+    may go on with any number of ranks. Every sample is used exactly once an epoch; the last step of an epoch has the
+    rows that are left, and its loss is divided by its own label tokens.
+
+    Args:
+        dataset: The samples.
+        sequence_length: Tokens of a pack; the longest sample allowed.
+        packed: Whether a row is a pack or a single sample.
+        seed: Decides, with the epoch, which samples share a pack and the order of everything.
+        num_rows_per_step: Rows of a global batch.
+        num_epochs: Passes over the data; may be a fraction. Ignored if `max_steps` is positive.
+        max_steps: Steps of the run, if positive.
+
+    Raises:
+        ConfigError: A sample is longer than `sequence_length`, a number is out of range, or there is no step to train.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        sequence_length: int,
+        packed: bool = True,
+        seed: int,
+        num_rows_per_step: int,
+        num_epochs: float = 1.0,
+        max_steps: int = -1,
+    ) -> None:
+        self.dataset = dataset
+        self._sequence_length = sequence_length
+        self._packed = packed
+        self._seed = seed
+        check_number("num_rows_per_step", num_rows_per_step, 1, 2**32 - 1)
+        self._num_rows_per_step = num_rows_per_step
+        # Two epochs: prefetching crosses from one into the next.
+        self._epoch_plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
+        self.num_steps_per_epoch = len(self._epoch_plan(0)[1])
+        self.num_steps = _core.total_steps(self.num_steps_per_epoch, num_epochs, max_steps if max_steps > 0 else None)
+        if self.num_steps_per_epoch == 0:
+            raise ConfigError(f"expected samples to train on, found none in {dataset.path}")
+        if self.num_steps < 1:
+            raise ConfigError(f"expected at least one step to train, found num_epochs={num_epochs}")
+
+    def _plan_epoch(self, epoch: int) -> tuple[Packing, _core.Steps]:
+        make = self.dataset.pack if self._packed else self.dataset.rows
+        packing = make(sequence_length=self._sequence_length, seed=self._seed, epoch=epoch)
+        return packing, packing._core.steps(self._num_rows_per_step)
+
+    def epoch_of(self, step: int) -> float:
+        """How many epochs are done after `step` steps."""
+        return step / self.num_steps_per_epoch
+
+    def packing(self, epoch: int) -> Packing:
+        """The rows of an epoch."""
+        return self._epoch_plan(epoch)[0]
+
+    def imbalance(self, world_size: int) -> tuple[float, float]:
+        """How much longer than the mean rank the slowest takes by the cost model: (rows dealt in order, as planned)."""
+        return self._epoch_plan(0)[1].imbalance(world_size)
+
+    def step(self, step: int, *, rank: int = 0, world_size: int = 1, rows_per_micro_batch: int) -> StepPlan:
+        """What `rank` of `world_size` does in global step `step`, from 0.
+
+        Raises:
+            IndexError: There is no such step or rank.
+        """
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        if not 0 <= rank < world_size:
+            raise IndexError(f"rank {rank} of {world_size}")
+        epoch, index = divmod(step, self.num_steps_per_epoch)
+        packing, steps = self._epoch_plan(epoch)
+        num_tokens, num_label_tokens = packing._core.count_tokens(steps.rows(index))
+        return StepPlan(
+            step=step,
+            epoch=epoch,
+            num_tokens=num_tokens,
+            num_label_tokens=num_label_tokens,
+            micro_batches=steps.assign(index, rank, world_size, rows_per_micro_batch),
+        )
+
+    def batch(self, step: StepPlan, micro_batch: int) -> Batch:
+        """The arrays of a micro-batch, as `Packing.batch` with shifted labels, as wide as its longest row."""
+        packing = self.packing(step.epoch)
+        rows = step.micro_batches[micro_batch]
+        if not rows:
+            return _padding_batch(self.dataset.pad_token_id)
+        return packing.batch(rows, shift_labels=True, width=packing._core.max_row_tokens(rows))
+
+
+def _padding_batch(pad_token_id: int) -> Batch:
+    """One row of two tokens without a loss: what a rank computes when it has no rows."""
+    return {
+        "input_ids": np.full((1, 2), pad_token_id, np.int64),
+        "labels": np.full((1, 2), -100, np.int64),
+        "position_ids": np.arange(2, dtype=np.int64)[None],
+        "cu_seqlens": np.array([0, 2], np.int32),
+        "max_seqlen": 2,
+    }
