@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from sft_fast import _core
+
+if TYPE_CHECKING:  # numpy is a large part of the start-up, and preprocessing needs none
+    import numpy as np
+    from numpy.typing import NDArray
 
 Messages = Sequence[dict[str, Any]]
 

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from sft_fast import _core, lease
 from sft_fast._core import Progress
 from sft_fast.errors import ConfigError, FileError
+
+if TYPE_CHECKING:  # numpy is a large part of the start-up, and preprocessing needs none
+    import numpy as np
+    from numpy.typing import NDArray
 
 Batch = dict[str, Any]
 """Arrays of a micro-batch; see `Packing.batch`."""
@@ -300,7 +301,7 @@ class Dataset(Sequence[Sample]):
         return Packing(self, self._core.pack(sequence_length, seed, epoch, packed))
 
 
-class Packing(Sequence[NDArray[np.uint32]]):
+class Packing(Sequence["NDArray[np.uint32]"]):
     """The rows of one epoch; `packing[i]` are the sample numbers of row i, uint32 [k]."""
 
     def __init__(self, dataset: Dataset, core: _core.Packing) -> None:
