@@ -114,9 +114,12 @@ def write_dataset(
             "token_ids": np.array(ids, np.uint16 if token_type == "U16" else np.uint32),
             "label_mask": np.packbits(np.array(mask, bool), bitorder="little"),
         }
+        # Tokens and mask together take a multiple of four bytes.
+        num_odd_bytes = -(tensors["token_ids"].nbytes + tensors["label_mask"].nbytes) % 4
+        tensors["label_mask"] = np.pad(tensors["label_mask"], (0, num_odd_bytes))
         change_tensors(tensors)
         path = directory / f"shard-{number:05}.safetensors"
-        save_file(tensors, path, metadata={"format": "sft-fast-shard-1"})
+        save_file(tensors, path, metadata={"format": "sft-fast-shard-2"})
         content = path.read_bytes()
         shards.append(
             {
@@ -131,7 +134,7 @@ def write_dataset(
     lengths = sorted(len(ids) for ids, _ in samples) or [0]
     manifest = {
         "format": "sft-fast dataset",
-        "format_version": 1,
+        "format_version": 2,
         "fingerprint": "0" * 64,
         "recipe": {
             "sequence_length": 1 << 20,

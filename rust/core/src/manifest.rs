@@ -17,7 +17,7 @@ pub const REJECTED_NAME: &str = "rejected.jsonl";
 /// What the key `format` of a manifest says.
 pub const DATASET_FORMAT: &str = "sft-fast dataset";
 /// Version of the format, part of the fingerprint.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// A manifest that is larger is not read.
 const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 

@@ -1,17 +1,20 @@
-//! Batches in any order → shards and `rejected.jsonl` in the order of the input, and the counts for the manifest.
+//! Batches in any order → places in the shards and `rejected.jsonl` in the order of the input, and the counts for the manifest.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use super::worker::Batch;
+use super::schedule::{Job, Schedule};
+use super::worker::{Batch, Event};
 use super::{Options, Progress};
 use crate::error::{Error, ErrorKind, Position, Result};
 use crate::manifest::{REJECTED_NAME, SourceInfo, shard_name};
-use crate::shard::{ShardBuilder, ShardInfo, TokenType};
+use crate::shard::write::{ShardIndex, ShardWriter};
+use crate::shard::{ShardInfo, TokenType};
 use crate::source::Source;
 
 /// What the pipeline counted; see the fields of the same names in [`Manifest`](crate::manifest::Manifest).
@@ -49,9 +52,19 @@ impl Counts {
     }
 }
 
-/// Takes batches from the threads and puts them on disk in order.
+/// A shard that is being filled, or whose tokens are being stored.
+struct OpenShard {
+    writer: Arc<ShardWriter>,
+    index: ShardIndex,
+    /// Stores that were ordered and are not done.
+    num_stores: usize,
+    is_full: bool,
+}
+
+/// Takes what the threads did, puts it in order and tells them where it goes.
 pub struct Collector<'a> {
     options: &'a Options,
+    directory: PathBuf,
     counts: Counts,
     /// Batches that came before their turn.
     waiting: BTreeMap<u64, Batch>,
@@ -60,9 +73,11 @@ pub struct Collector<'a> {
     file: u32,
     num_newlines: u64,
     token_type: TokenType,
-    shard: ShardBuilder,
-    num_shards: usize,
-    writer: ShardWriter,
+    /// The shards that have tokens to come, by number; only the last is not full.
+    open: BTreeMap<usize, OpenShard>,
+    /// For each shard that was begun what it holds, once that is known.
+    shards: Vec<Option<ShardInfo>>,
+    syncer: Syncer,
     rejected: BufWriter<File>,
     rejected_path: PathBuf,
 }
@@ -74,6 +89,7 @@ impl<'a> Collector<'a> {
         let rejected = File::create(&rejected_path).map_err(|error| Error::io("write", &rejected_path, &error))?;
         Ok(Self {
             options,
+            directory: directory.into(),
             counts: Counts { files, ..Counts::default() },
             waiting: BTreeMap::new(),
             next_sequence: 0,
@@ -81,26 +97,47 @@ impl<'a> Collector<'a> {
             file: 0,
             num_newlines: 0,
             token_type,
-            shard: ShardBuilder::new(token_type),
-            num_shards: 0,
-            writer: ShardWriter::start(directory.into()),
+            open: BTreeMap::new(),
+            shards: Vec::new(),
+            syncer: Syncer::start(),
             rejected: BufWriter::new(rejected),
             rejected_path,
         })
     }
 
-    /// Takes a batch, and puts on disk what is now in order: the number of batches.
-    pub fn take(&mut self, batch: Batch) -> Result<u64> {
-        self.waiting.insert(batch.sequence, batch);
-        let first = self.next_sequence;
-        while let Some(batch) = self.waiting.remove(&self.next_sequence) {
-            self.next_sequence += 1;
-            self.append(batch)?;
+    /// Takes what a thread did, and orders what comes of it.
+    pub fn take(&mut self, event: Event, schedule: &Schedule) -> Result<()> {
+        match event {
+            Event::Encoded(batch) => {
+                self.waiting.insert(batch.sequence, batch);
+                while let Some(batch) = self.waiting.remove(&self.next_sequence) {
+                    self.next_sequence += 1;
+                    self.append(batch, schedule)?;
+                    schedule.advance();
+                }
+            }
+            Event::InputEnded => {}
+            Event::Stored { shard } => {
+                self.open.get_mut(&shard).expect("it has a store under way").num_stores -= 1;
+                self.finish_shard(shard, schedule);
+            }
+            Event::Finished { shard, writer, info } => {
+                self.shards[shard] = Some(info);
+                self.syncer.sync(writer)?;
+            }
         }
-        Ok(self.next_sequence - first)
+        if schedule.num_chunks() == Some(self.next_sequence) {
+            self.close_shard(schedule);
+        }
+        Ok(())
     }
 
-    fn append(&mut self, batch: Batch) -> Result<()> {
+    /// Whether the whole input is in shards that are complete.
+    pub fn is_complete(&self, schedule: &Schedule) -> bool {
+        schedule.num_chunks() == Some(self.next_sequence) && self.shards.iter().all(Option::is_some)
+    }
+
+    fn append(&mut self, batch: Batch, schedule: &Schedule) -> Result<()> {
         if batch.file != self.file {
             (self.file, self.num_newlines) = (batch.file, 0);
         }
@@ -110,28 +147,38 @@ impl<'a> Collector<'a> {
         if let Some(error) = batch.fatal {
             return Err(in_file(error, self.num_newlines));
         }
-        let (mut ids, mut runs) = (&batch.ids[..], &batch.runs[..]);
+        let Batch { mut ids, .. } = batch;
+        self.counts.num_tokens += ids.len() as u64;
+        let mut runs = &batch.runs[..];
+        // Tokens of the batch that have a place, but are not ordered to be stored there yet.
+        let mut num_placed = 0;
         for sample in &batch.samples {
-            let (sample_ids, sample_runs);
-            (sample_ids, ids) = ids.split_at(sample.num_tokens as usize);
+            let sample_runs;
             (sample_runs, runs) = runs.split_at(sample.num_runs as usize);
             let line = u32::try_from(self.num_newlines + sample.line).map_err(|_| {
                 Error::new(ErrorKind::Argument, "expected files of at most 4,294,967,295 lines, found a longer one")
                     .with_path(Path::new(&self.counts.files[batch.file as usize].path))
                     .with_hint("split the file")
             })?;
-            let would_overflow = self.shard.num_tokens() + sample_ids.len() > self.options.max_shard_tokens as usize;
-            if would_overflow && self.shard.num_samples() > 0 {
-                self.close_shard()?;
+            let max_tokens = self.options.max_shard_tokens as usize;
+            let mut shard = self.open_shard()?;
+            let would_overflow = shard.index.num_tokens() + sample.num_tokens as usize > max_tokens;
+            if would_overflow && shard.index.num_samples() > 0 {
+                let rest = ids.split_off(num_placed);
+                self.store(ids, schedule);
+                self.close_shard(schedule);
+                (ids, num_placed) = (rest, 0);
+                shard = self.open_shard()?;
             }
-            self.shard.push(sample_ids, sample_runs, batch.file, line);
+            shard.index.push(sample.num_tokens, sample_runs, batch.file, line);
+            num_placed += sample.num_tokens as usize;
             *self.counts.lengths.entry(sample.num_tokens).or_default() += 1;
             // The first token has nothing before it that could predict it.
             let num_labels =
                 sample_runs.iter().map(|run| u64::from(run.end - run.start.max(1).min(run.end))).sum::<u64>();
             self.counts.num_label_tokens += num_labels;
         }
-        self.counts.num_tokens += batch.ids.len() as u64;
+        self.store(ids, schedule);
         self.counts.num_records += batch.num_records;
         self.counts.files[batch.file as usize].num_records += batch.num_records;
         self.counts.num_truncated += batch.num_truncated;
@@ -155,11 +202,44 @@ impl<'a> Collector<'a> {
         writeln!(self.rejected, "{line}").map_err(|error| Error::io("write", &self.rejected_path, &error))
     }
 
-    fn close_shard(&mut self) -> Result<()> {
-        let full = std::mem::replace(&mut self.shard, ShardBuilder::new(self.token_type));
-        let name = shard_name(self.num_shards);
-        self.num_shards += 1;
-        self.writer.write(full, name)
+    /// The shard that is being filled.
+    fn open_shard(&mut self) -> Result<&mut OpenShard> {
+        if self.open.last_key_value().is_none_or(|(_, shard)| shard.is_full) {
+            let number = self.shards.len();
+            let writer = ShardWriter::create(&self.directory, shard_name(number), self.token_type)?;
+            let index = ShardIndex::default();
+            self.open.insert(number, OpenShard { writer: writer.into(), index, num_stores: 0, is_full: false });
+            self.shards.push(None);
+        }
+        Ok(self.open.last_entry().expect("one is open").into_mut())
+    }
+
+    /// Orders `ids`, whose samples are the last that the shard took, to be stored.
+    fn store(&mut self, ids: Vec<u32>, schedule: &Schedule) {
+        if let Some((&number, shard)) = self.open.iter_mut().next_back()
+            && !ids.is_empty()
+        {
+            shard.num_stores += 1;
+            let first = shard.index.num_tokens() - ids.len();
+            schedule.add(Job::Store { shard: number, writer: shard.writer.clone(), first, ids });
+        }
+    }
+
+    /// Lets the shard that is being filled take no more.
+    fn close_shard(&mut self, schedule: &Schedule) {
+        if let Some((&number, shard)) = self.open.iter_mut().next_back() {
+            shard.is_full = true;
+            self.finish_shard(number, schedule);
+        }
+    }
+
+    /// Orders a shard to be finished, if it is full and all its tokens are stored.
+    fn finish_shard(&mut self, number: usize, schedule: &Schedule) {
+        if self.open.get(&number).is_some_and(|shard| shard.is_full && shard.num_stores == 0)
+            && let Some(OpenShard { writer, index, .. }) = self.open.remove(&number)
+        {
+            schedule.add(Job::Finish { shard: number, writer, index });
+        }
     }
 
     /// Writes the current counts into `progress`.
@@ -170,12 +250,10 @@ impl<'a> Collector<'a> {
         progress.num_tokens = self.counts.num_tokens;
     }
 
-    /// Writes the last shard and makes sure that everything is on disk and that no input file changed meanwhile.
+    /// Makes sure that everything is on disk and that no input file changed meanwhile.
     pub fn finish(mut self, source: &Source) -> Result<Counts> {
-        if self.shard.num_samples() > 0 {
-            self.close_shard()?;
-        }
-        self.counts.shards = self.writer.finish()?;
+        self.syncer.finish()?;
+        self.counts.shards = self.shards.into_iter().flatten().collect();
         self.rejected
             .into_inner()
             .map_err(std::io::IntoInnerError::into_error)
@@ -194,46 +272,40 @@ fn in_file(error: Error, num_newlines: u64) -> Error {
     }
 }
 
-/// A thread that writes shards, one behind the other, while the next ones are made.
-struct ShardWriter {
-    sender: Option<SyncSender<(ShardBuilder, String)>>,
-    thread: Option<JoinHandle<Result<Vec<ShardInfo>>>>,
+/// A thread that waits for the disk while the others go on.
+struct Syncer {
+    sender: Option<SyncSender<Arc<ShardWriter>>>,
+    thread: Option<JoinHandle<Result<()>>>,
 }
 
-impl ShardWriter {
-    fn start(directory: PathBuf) -> Self {
-        // At most one shard waits while one is written: memory holds three with the one being filled.
-        let (sender, receiver) = sync_channel::<(ShardBuilder, String)>(1);
-        let thread = std::thread::spawn(move || {
-            receiver.into_iter().map(|(shard, name)| shard.write(&directory, &name)).collect()
-        });
+impl Syncer {
+    fn start() -> Self {
+        // Few may wait, since each is an open file.
+        let (sender, receiver) = sync_channel::<Arc<ShardWriter>>(4);
+        let thread = std::thread::spawn(move || receiver.into_iter().try_for_each(|writer| writer.sync()));
         Self { sender: Some(sender), thread: Some(thread) }
     }
 
-    fn write(&mut self, shard: ShardBuilder, name: String) -> Result<()> {
+    fn sync(&mut self, writer: Arc<ShardWriter>) -> Result<()> {
         match &self.sender {
-            Some(sender) if sender.send((shard, name)).is_ok() => Ok(()),
+            Some(sender) if sender.send(writer).is_ok() => Ok(()),
             // The thread ended early: its error says why.
-            _ => self.join().map(|_| ()),
+            _ => self.finish(),
         }
     }
 
-    fn finish(mut self) -> Result<Vec<ShardInfo>> {
-        self.join()
-    }
-
-    fn join(&mut self) -> Result<Vec<ShardInfo>> {
+    fn finish(&mut self) -> Result<()> {
         self.sender = None;
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
             Some(Err(panic)) => std::panic::resume_unwind(panic),
-            None => Ok(Vec::new()),
+            None => Ok(()),
         }
     }
 }
 
-impl Drop for ShardWriter {
-    /// When the work is given up, nothing may go on writing into the directory that is about to be removed.
+impl Drop for Syncer {
+    /// When the work is given up, nothing may hold a file in the directory that is about to be removed.
     fn drop(&mut self) {
         self.sender = None;
         if let Some(thread) = self.thread.take() {

@@ -1,10 +1,12 @@
 //! The parallel pipeline: chunks of records in, shards, rejected records and manifest out, in the order of the input.
 //!
 //! Threads take chunks from the [`Source`] and turn them into samples on their own (`worker`). The calling thread puts the
-//! results in order (`collect`), so that the bytes on disk depend on neither the number of threads nor the size of chunks;
-//! one more thread writes full shards. A window bounds how far the fastest thread may run ahead of the slowest.
+//! results in order (`collect`) and gives every token its place, so that the bytes on disk depend on neither the number of
+//! threads nor the size of chunks; the threads then write the tokens there themselves. What they do next, and how far the
+//! fastest may run ahead of the slowest, is decided in `schedule`.
 
 mod collect;
+mod schedule;
 mod worker;
 
 use std::num::NonZero;
@@ -21,7 +23,8 @@ use crate::shard::TokenType;
 use crate::source::Source;
 use crate::staging::Staging;
 use collect::Collector;
-use worker::{Gate, work};
+use schedule::Schedule;
+use worker::work;
 
 /// What to do with a record that is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,7 +127,7 @@ pub fn preprocess(
     }
     let num_threads = num_threads(options)?;
     let source = Source::open(&options.files, chunk_bytes(options, num_threads))?;
-    let files = hash_files(&source, on_progress)?;
+    let files = hash_files(&source, num_threads, on_progress)?;
     let recipe = recipe(options, model);
     let fingerprint = recipe.fingerprint(&files);
     let target = match &options.place {
@@ -184,25 +187,22 @@ fn encode(
     mut collector: Collector<'_>,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<collect::Counts> {
-    let gate = Gate::new(4 * num_threads as u64);
+    let schedule = Schedule::new(4 * num_threads as u64);
     std::thread::scope(|scope| {
         let (sender, receiver) = channel();
         for _ in 0..num_threads {
-            let (sender, gate) = (sender.clone(), &gate);
-            scope.spawn(move || work(options, model, source, gate, &sender));
+            let (sender, schedule) = (sender.clone(), &schedule);
+            scope.spawn(move || work(options, model, source, schedule, &sender));
         }
         drop(sender);
-        let _open_gate = gate.close_on_drop(); // whatever happens below, no thread waits for ever
+        let _close = schedule.close_on_drop(); // whatever happens below, no thread waits for ever
         let mut last = Instant::now();
         let mut progress = Progress { num_total_bytes: source.num_bytes(), ..Progress::default() };
-        loop {
+        while !collector.is_complete(&schedule) {
             match receiver.recv_timeout(PROGRESS_INTERVAL) {
-                Ok(batch) => {
-                    let num_taken = collector.take(batch?)?;
-                    gate.advance(num_taken);
-                }
+                Ok(event) => collector.take(event?, &schedule)?,
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Disconnected) => break, // a thread panicked, which the scope passes on
             }
             if last.elapsed() >= PROGRESS_INTERVAL {
                 last = Instant::now();
@@ -234,23 +234,26 @@ fn num_threads(options: &Options) -> Result<usize> {
 }
 
 /// Hashes the input: what a dataset is found by.
-fn hash_files(source: &Source, on_progress: &mut dyn FnMut(&Progress) -> Result<()>) -> Result<Vec<SourceInfo>> {
+fn hash_files(
+    source: &Source,
+    num_threads: usize,
+    on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
+) -> Result<Vec<SourceInfo>> {
     let mut progress = Progress { is_hashing: true, num_total_bytes: source.num_bytes(), ..Progress::default() };
     let mut last = Instant::now();
-    (0..source.num_files())
-        .map(|number| {
-            let (path, num_bytes) = source.file(number);
-            let blake3 = source.hash(number, |count| {
-                progress.num_bytes += count as u64;
-                if last.elapsed() < PROGRESS_INTERVAL {
-                    return Ok(());
-                }
-                last = Instant::now();
-                on_progress(&progress)
-            })?;
-            Ok(SourceInfo { path: path.display().to_string(), num_bytes, blake3, num_records: 0 })
-        })
-        .collect()
+    let hashes = source.hash(num_threads, |num_bytes| {
+        progress.num_bytes += num_bytes;
+        if last.elapsed() < PROGRESS_INTERVAL {
+            return Ok(());
+        }
+        last = Instant::now();
+        on_progress(&progress)
+    })?;
+    let info = |(number, blake3)| {
+        let (path, num_bytes) = source.file(number);
+        SourceInfo { path: path.display().to_string(), num_bytes, blake3, num_records: 0 }
+    };
+    Ok((0..).zip(hashes).map(info).collect())
 }
 
 fn recipe(options: &Options, model: &Model) -> Recipe {

@@ -1,16 +1,18 @@
-//! One thread of the pipeline: chunks of records → batches of samples and rejects.
+//! One thread of the pipeline: chunks of records → batches of samples and rejects, and their tokens → the shards' files.
 
 use std::ops::Range;
-use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::sync::{Condvar, Mutex};
 
+use super::schedule::{Job, Schedule, Task};
 use super::{OnError, Options};
 use crate::conversation::Conversation;
 use crate::error::{Error, ErrorClass, ErrorKind, Result};
 use crate::json;
 use crate::model::{Model, Sampler};
 use crate::sample::fit;
+use crate::shard::ShardInfo;
+use crate::shard::write::ShardWriter;
 use crate::source::{Chunk, RecordSpan, Source};
 
 /// What became of a chunk. Lines count from the chunk's start.
@@ -41,49 +43,103 @@ pub struct BatchSample {
     pub line: u64,
 }
 
-/// Takes chunks until there are no more, or the gate is closed, or something is wrong.
-pub fn work(options: &Options, model: &Model, source: &Source, gate: &Gate, sender: &Sender<Result<Batch>>) {
-    let _guard = gate.close_on_panic();
-    let mut sampler = Sampler::new(model);
-    let mut chunk = Chunk::default();
-    while gate.enter() {
-        match source.next(&mut chunk) {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(error) => {
-                // The receiver is gone only when the work is being given up.
-                let _ = sender.send(Err(error));
-                return;
-            }
-        }
-        let batch = encode_chunk(options, model, source.file(chunk.file).0, &chunk, &mut sampler);
-        if sender.send(Ok(batch)).is_err() {
+/// What a thread reports.
+#[derive(Debug)]
+pub enum Event {
+    Encoded(Batch),
+    /// The input is read; chunks of other threads may still be under way.
+    InputEnded,
+    /// Tokens are in the file of a shard.
+    Stored {
+        shard: usize,
+    },
+    /// A shard is complete, but perhaps not on disk yet.
+    Finished {
+        shard: usize,
+        writer: Arc<ShardWriter>,
+        info: ShardInfo,
+    },
+}
+
+/// Does what the schedule says until the work is over or something is wrong.
+pub fn work(options: &Options, model: &Model, source: &Source, schedule: &Schedule, sender: &Sender<Result<Event>>) {
+    let _guard = schedule.close_on_panic();
+    let mut worker = Worker {
+        options,
+        model,
+        source,
+        schedule,
+        sampler: Sampler::new(model),
+        chunk: Chunk::default(),
+        spare_ids: Vec::new(),
+    };
+    while let Some(task) = schedule.next() {
+        let event = worker.run(task);
+        let is_over = event.is_err();
+        // The receiver is gone only when the work is being given up.
+        if sender.send(event).is_err() || is_over {
             return;
         }
     }
 }
 
-fn encode_chunk(options: &Options, model: &Model, path: &Path, chunk: &Chunk, sampler: &mut Sampler<'_>) -> Batch {
-    let mut batch = Batch {
-        sequence: chunk.sequence,
-        file: chunk.file,
-        num_source_bytes: chunk.num_source_bytes,
-        num_newlines: chunk.num_newlines,
-        ..Batch::default()
-    };
-    for record in &chunk.records {
-        batch.num_records += 1;
-        let Err(error) = encode_record(options, model, chunk, record, sampler, &mut batch) else { continue };
-        let position = chunk.position(record, error.offset().unwrap_or(0));
-        let error = error.with_path(path).with_position(position);
-        let is_wrong = !ErrorKind::LEFT_OUT.contains(&error.kind());
-        if error.kind().class() != ErrorClass::Input || (options.on_error == OnError::Raise && is_wrong) {
-            batch.fatal = Some(error);
-            return batch;
+struct Worker<'a> {
+    options: &'a Options,
+    model: &'a Model,
+    source: &'a Source,
+    schedule: &'a Schedule,
+    sampler: Sampler<'a>,
+    chunk: Chunk,
+    /// Buffers that were stored, for the next batches: fresh memory has to be cleared by the system first.
+    spare_ids: Vec<Vec<u32>>,
+}
+
+impl Worker<'_> {
+    fn run(&mut self, task: Task) -> Result<Event> {
+        match task {
+            Task::Chunk if self.source.next(&mut self.chunk)? => Ok(Event::Encoded(self.encode_chunk())),
+            Task::Chunk => {
+                self.schedule.end_input();
+                Ok(Event::InputEnded)
+            }
+            Task::Job(Job::Store { shard, writer, first, mut ids }) => {
+                writer.write_tokens(first, &ids)?;
+                ids.clear();
+                self.spare_ids.push(ids);
+                Ok(Event::Stored { shard })
+            }
+            Task::Job(Job::Finish { shard, writer, index }) => {
+                let info = writer.finish(index)?;
+                Ok(Event::Finished { shard, writer, info })
+            }
         }
-        batch.rejects.push(error);
     }
-    batch
+
+    fn encode_chunk(&mut self) -> Batch {
+        let Self { options, model, chunk, sampler, .. } = self;
+        let path = self.source.file(chunk.file).0;
+        let mut batch = Batch {
+            sequence: chunk.sequence,
+            file: chunk.file,
+            num_source_bytes: chunk.num_source_bytes,
+            num_newlines: chunk.num_newlines,
+            ids: self.spare_ids.pop().unwrap_or_default(),
+            ..Batch::default()
+        };
+        for record in &chunk.records {
+            batch.num_records += 1;
+            let Err(error) = encode_record(options, model, chunk, record, sampler, &mut batch) else { continue };
+            let position = chunk.position(record, error.offset().unwrap_or(0));
+            let error = error.with_path(path).with_position(position);
+            let is_wrong = !ErrorKind::LEFT_OUT.contains(&error.kind());
+            if error.kind().class() != ErrorClass::Input || (options.on_error == OnError::Raise && is_wrong) {
+                batch.fatal = Some(error);
+                return batch;
+            }
+            batch.rejects.push(error);
+        }
+        batch
+    }
 }
 
 fn encode_record(
@@ -118,69 +174,4 @@ fn encode_record(
         line: record.position.line,
     });
     Ok(())
-}
-
-/// Keeps threads from running further ahead of the collector than a window of chunks, so that memory stays flat.
-pub struct Gate {
-    window: u64,
-    state: Mutex<GateState>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct GateState {
-    num_entered: u64,
-    num_done: u64,
-    is_closed: bool,
-}
-
-impl Gate {
-    /// A gate that lets at most `window` chunks be under way.
-    pub fn new(window: u64) -> Self {
-        Self { window, state: Mutex::default(), changed: Condvar::new() }
-    }
-
-    fn update(&self, change: impl FnOnce(&mut GateState)) {
-        change(&mut self.state.lock().expect("no thread panics while it holds the gate"));
-        self.changed.notify_all();
-    }
-
-    /// Waits until one more chunk may be begun; false if no more should be.
-    fn enter(&self) -> bool {
-        let state = self.state.lock().expect("no thread panics while it holds the gate");
-        let mut state = self
-            .changed
-            .wait_while(state, |state| !state.is_closed && state.num_entered - state.num_done >= self.window)
-            .expect("no thread panics while it holds the gate");
-        state.num_entered += 1;
-        !state.is_closed
-    }
-
-    /// Lets `num_chunks` more in.
-    pub fn advance(&self, num_chunks: u64) {
-        self.update(|state| state.num_done += num_chunks);
-    }
-
-    /// A guard that closes the gate when it is dropped.
-    pub fn close_on_drop(&self) -> impl Drop + '_ {
-        Close { gate: self, always: true }
-    }
-
-    /// A guard that closes the gate when the thread panics, so that the others end instead of waiting for its chunk.
-    fn close_on_panic(&self) -> impl Drop + '_ {
-        Close { gate: self, always: false }
-    }
-}
-
-struct Close<'a> {
-    gate: &'a Gate,
-    always: bool,
-}
-
-impl Drop for Close<'_> {
-    fn drop(&mut self) {
-        if self.always || std::thread::panicking() {
-            self.gate.update(|state| state.is_closed = true);
-        }
-    }
 }

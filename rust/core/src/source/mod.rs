@@ -4,6 +4,7 @@
 //! A chunk is a buffer of whole records. Its lines are counted from the chunk's own start, since nobody has counted the
 //! newlines before it yet; whoever takes the chunks in order adds them up ([`Chunk::num_newlines`]).
 
+mod hash;
 mod lines;
 mod scan;
 
@@ -145,23 +146,6 @@ impl Source {
     pub fn file(&self, number: u32) -> (&Path, u64) {
         let file = &self.files[number as usize];
         (&file.path, file.stamp.num_bytes)
-    }
-
-    /// BLAKE3 hash of the bytes of file `number`, in hexadecimal.
-    pub fn hash(&self, number: u32, mut on_bytes: impl FnMut(usize) -> Result<()>) -> Result<String> {
-        let file = &self.files[number as usize];
-        let opened = file.reopen()?;
-        let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; 1 << 20];
-        let mut offset = 0;
-        while offset < file.stamp.num_bytes {
-            let wanted = buffer.len().min((file.stamp.num_bytes - offset) as usize);
-            file.read_exact_at(&opened, &mut buffer[..wanted], offset)?;
-            hasher.update(&buffer[..wanted]);
-            offset += wanted as u64;
-            on_bytes(wanted)?;
-        }
-        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// Puts the next chunk into `chunk`; false at the end of the input. Every chunk goes to exactly one caller.

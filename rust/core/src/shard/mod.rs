@@ -1,24 +1,22 @@
-//! The bytes of one shard file: written whole, read through a memory map after every rule is checked.
+//! The bytes of one shard file: written piece by piece ([`write`]), read through a memory map after every rule is checked.
 //!
 //! A shard is a safetensors file with four tensors (`docs/format.md`). For S samples of T tokens in all:
-//! `sample_offsets` U32 `[S + 1]`, `sample_records` U32 `[S, 2]` (file number, line), `token_ids` U16 or U32 `[T]`,
-//! `label_mask` U8 `[ceil(T / 8)]` (bit `t % 8` of byte `t / 8`, from the lowest, tells whether token `t` is trained on).
+//! `token_ids` U16 or U32 `[T]`, `label_mask` U8 (bit `t % 8` of byte `t / 8`, from the lowest, tells whether token `t` is
+//! trained on), `sample_offsets` U32 `[S + 1]`, `sample_records` U32 `[S, 2]` (file number, line).
 
-use std::borrow::Cow;
-use std::collections::HashMap;
-use std::fs::{File, Permissions};
+pub mod write;
+
+use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use memmap2::Mmap;
-use safetensors::tensor::{Dtype, SafeTensors, View};
+use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::hash::sha256_of_file;
 
 /// The value of the key `format` in the metadata of every shard.
-pub const SHARD_FORMAT: &str = "sft-fast-shard-1";
+pub const SHARD_FORMAT: &str = "sft-fast-shard-2";
 
 /// How wide a token id is on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -41,6 +39,22 @@ impl TokenType {
             Self::U32 => Dtype::U32,
         }
     }
+
+    /// The name in the header of a shard.
+    fn name(self) -> &'static str {
+        match self {
+            Self::U16 => "U16",
+            Self::U32 => "U32",
+        }
+    }
+
+    /// Bytes of a token id.
+    fn num_bytes(self) -> usize {
+        match self {
+            Self::U16 => 2,
+            Self::U32 => 4,
+        }
+    }
 }
 
 /// What a shard holds: in the manifest, and checked when it is opened.
@@ -57,134 +71,6 @@ pub struct ShardInfo {
     pub num_samples: u64,
     /// Tokens in the shard.
     pub num_tokens: u64,
-}
-
-enum Tokens {
-    U16(Vec<u16>),
-    U32(Vec<u32>),
-}
-
-/// Collects samples for one shard in memory.
-pub struct ShardBuilder {
-    tokens: Tokens,
-    offsets: Vec<u32>,
-    records: Vec<u32>,
-    mask: Vec<u8>,
-}
-
-impl ShardBuilder {
-    /// An empty shard.
-    pub fn new(token_type: TokenType) -> Self {
-        let tokens = match token_type {
-            TokenType::U16 => Tokens::U16(Vec::new()),
-            TokenType::U32 => Tokens::U32(Vec::new()),
-        };
-        Self { tokens, offsets: vec![0], records: Vec::new(), mask: Vec::new() }
-    }
-
-    /// Samples so far.
-    pub fn num_samples(&self) -> usize {
-        self.offsets.len() - 1
-    }
-
-    /// Tokens so far.
-    pub fn num_tokens(&self) -> usize {
-        match &self.tokens {
-            Tokens::U16(ids) => ids.len(),
-            Tokens::U32(ids) => ids.len(),
-        }
-    }
-
-    /// Adds a sample: its token ids, the runs of tokens that are trained on (counted from the sample's first token), and
-    /// the file and line of its record. All tokens of a shard together number less than 2^32; the caller sees to that.
-    pub fn push(&mut self, ids: &[u32], runs: &[Range<u32>], file: u32, line: u32) {
-        let first = self.num_tokens();
-        match &mut self.tokens {
-            Tokens::U16(tokens) => tokens.extend(ids.iter().map(|&id| id as u16)),
-            Tokens::U32(tokens) => tokens.extend_from_slice(ids),
-        }
-        self.mask.resize(self.num_tokens().div_ceil(8), 0);
-        for run in runs {
-            set_bits(&mut self.mask, first + run.start as usize..first + run.end as usize);
-        }
-        self.offsets.push(self.num_tokens() as u32);
-        self.records.extend([file, line]);
-    }
-
-    /// Writes the shard to `directory/name` and makes sure that it is on disk.
-    pub fn write(self, directory: &Path, name: &str) -> Result<ShardInfo> {
-        let path = directory.join(name);
-        let (num_samples, num_tokens) = (self.num_samples() as u64, self.num_tokens() as u64);
-        let token_ids = match &self.tokens {
-            Tokens::U16(ids) => tensor(Dtype::U16, vec![ids.len()], bytemuck::cast_slice(ids)),
-            Tokens::U32(ids) => tensor(Dtype::U32, vec![ids.len()], bytemuck::cast_slice(ids)),
-        };
-        let tensors = [
-            ("sample_offsets", tensor(Dtype::U32, vec![self.offsets.len()], bytemuck::cast_slice(&self.offsets))),
-            (
-                "sample_records",
-                tensor(Dtype::U32, vec![self.records.len() / 2, 2], bytemuck::cast_slice(&self.records)),
-            ),
-            ("token_ids", token_ids),
-            ("label_mask", tensor(Dtype::U8, vec![self.mask.len()], &self.mask)),
-        ];
-        let metadata = HashMap::from([("format".to_owned(), SHARD_FORMAT.to_owned())]);
-        safetensors::serialize_to_file(tensors, Some(metadata), &path)
-            .map_err(|error| Error::new(ErrorKind::Io, format!("could not write: {error}")).with_path(&path))?;
-        // The library writes files that only their owner may read; a dataset is as readable as its directory.
-        let mode = directory.metadata().map_err(|error| Error::io("read", directory, &error))?.permissions().mode();
-        let file = File::open(&path).map_err(|error| Error::io("open", &path, &error))?;
-        file.set_permissions(Permissions::from_mode(mode & 0o666))
-            .map_err(|error| Error::io("write", &path, &error))?;
-        file.sync_all().map_err(|error| Error::io("write", &path, &error))?;
-        let num_bytes = file.metadata().map_err(|error| Error::io("read", &path, &error))?.len();
-        Ok(ShardInfo { name: name.into(), num_bytes, sha256: sha256_of_file(&path)?, num_samples, num_tokens })
-    }
-}
-
-struct Tensor<'a> {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: &'a [u8],
-}
-
-fn tensor(dtype: Dtype, shape: Vec<usize>, bytes: &[u8]) -> Tensor<'_> {
-    Tensor { dtype, shape, bytes }
-}
-
-impl View for Tensor<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        self.bytes.into()
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
-}
-
-/// Sets bits `range`, counted from the lowest bit of the first byte.
-fn set_bits(bytes: &mut [u8], range: Range<usize>) {
-    if range.is_empty() {
-        return;
-    }
-    let (first, last) = (range.start / 8, (range.end - 1) / 8);
-    let head = 0xFFu8 << (range.start % 8);
-    let tail = 0xFFu8 >> (7 - (range.end - 1) % 8);
-    if first == last {
-        bytes[first] |= head & tail;
-    } else {
-        bytes[first] |= head;
-        bytes[first + 1..last].fill(0xFF);
-        bytes[last] |= tail;
-    }
 }
 
 /// An opened shard: a memory map that passed every check.
@@ -289,12 +175,14 @@ impl Shard {
             }
             Ok(start..start + tensor.data().len())
         };
-        let one_more = samples.checked_add(1).ok_or_else(|| damaged("it claims too many samples".into()))?;
+        if samples.max(tokens) > u32::MAX as usize {
+            return Err(damaged(format!("it claims {samples} samples of {tokens} tokens, more than a shard can have")));
+        }
         let (offsets, records, token_ids, label_mask) = (
-            find("sample_offsets", Dtype::U32, &[one_more])?,
+            find("sample_offsets", Dtype::U32, &[samples + 1])?,
             find("sample_records", Dtype::U32, &[samples, 2])?,
             find("token_ids", token_type.dtype(), &[tokens])?,
-            find("label_mask", Dtype::U8, &[tokens.div_ceil(8)])?,
+            find("label_mask", Dtype::U8, &[write::num_mask_bytes(tokens, token_type)])?,
         );
         let shard = Self { offsets, records, token_ids, label_mask, token_type, map };
         let ends = shard.sample_offsets();
@@ -360,6 +248,7 @@ fn count_bits(bytes: &[u8], range: Range<usize>) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::write::{ShardIndex, ShardWriter};
     use super::*;
     use proptest::prelude::*;
 
@@ -367,11 +256,15 @@ mod tests {
 
     fn write(samples: &[Sample], vocab_size: u32) -> (tempfile::TempDir, ShardInfo) {
         let directory = tempfile::tempdir().unwrap();
-        let mut builder = ShardBuilder::new(TokenType::for_vocab(vocab_size));
+        let (name, token_type) = ("shard-00000.safetensors".to_owned(), TokenType::for_vocab(vocab_size));
+        let writer = ShardWriter::create(directory.path(), name, token_type).unwrap();
+        let mut index = ShardIndex::default();
         for (ids, run, file, line) in samples {
-            builder.push(ids, std::slice::from_ref(run), *file, *line);
+            writer.write_tokens(index.num_tokens(), ids).unwrap();
+            index.push(ids.len() as u32, std::slice::from_ref(run), *file, *line);
         }
-        let info = builder.write(directory.path(), "shard-00000.safetensors").unwrap();
+        let info = writer.finish(index).unwrap();
+        assert_eq!(info.num_bytes, std::fs::metadata(directory.path().join(&info.name)).unwrap().len());
         (directory, info)
     }
 
@@ -417,11 +310,13 @@ mod tests {
             let info = ShardInfo { num_bytes: bytes.len() as u64, ..info.clone() };
             Shard::open(directory.path(), &info, TokenType::U16, 100)
         };
-        for length in 0..bytes.len() {
+        // The header ends with many spaces; a few of them stand for all.
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let spaces = bytes[..header].trim_ascii_end().len() + 2..header - 2;
+        for length in (0..bytes.len()).filter(|length| !spaces.contains(length)) {
             assert!(open(&bytes[..length]).is_err(), "cut at {length}");
         }
-        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        for at in 0..header {
+        for at in (0..header).filter(|at| !spaces.contains(at)) {
             for flip in [0x01, 0x80, 0xFF] {
                 let mut changed = bytes.clone();
                 changed[at] ^= flip;
