@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Touched when the environment is complete; older than a source of the extension, it is made again.
 INSTALLED := $(VENV)/.sft-fast-installed
 SOURCES := pyproject.toml Cargo.toml Cargo.lock rust-toolchain.toml scripts/install \
-	$(shell find rust -name '*.rs' -o -name 'Cargo.toml' | grep -v /target/)
+	$(shell find rust -name '*.rs' -o -name 'Cargo.toml' | grep -v -e /target/ -e /fuzz/)
 
 .PHONY: help
 help:  ## list these targets
@@ -56,6 +56,10 @@ docs: $(INSTALLED)  ## write the generated parts of docs/
 .PHONY: bench
 bench: $(INSTALLED)  ## measure preprocessing on this machine
 	cargo bench --locked --workspace
+
+.PHONY: fuzz
+fuzz:  ## fuzz the readers and the tokenizer engine, SECONDS_EACH (60) for each of four targets
+	rust/fuzz/run $(or $(SECONDS_EACH),60)
 
 .PHONY: clean
 clean:  ## remove what builds and runs leave behind; .venv stays

