@@ -19,7 +19,7 @@ use sft_fast_core::json;
 use sft_fast_core::model::Model;
 use sft_fast_core::template::Rendered;
 use sft_fast_core::tokenize::reference::ReferenceTokenizer;
-use sft_fast_core::tokenize::{Encode, Tokenizer, Tokens};
+use sft_fast_core::tokenize::{Encode, Input, Tokenizer, Tokens};
 
 const USAGE: &str = "nothing to compare: give --tokenizers DIR... --text FILE.jsonl... [--megabytes N] [--seed N]";
 
@@ -112,10 +112,9 @@ struct Pair<'a> {
 
 impl Pair<'_> {
     fn compare(&mut self, text: &str, spans: &[Range<usize>], place: &str) -> Result<(), Difference> {
-        let encoded = self
-            .fast
-            .encode(text, spans, &mut self.found)
-            .and_then(|()| self.reference.encode(text, spans, &mut self.expected));
+        let input = Input { text, spans, ..Input::default() };
+        let encoded =
+            self.fast.encode(input, &mut self.found).and_then(|()| self.reference.encode(input, &mut self.expected));
         if let Err(error) = encoded {
             return Err(Difference(format!("{}, {place}: {error}\ntext: {text:?}", self.name)));
         }

@@ -15,8 +15,8 @@ use sft_fast_core::model::Model;
 use sft_fast_core::shard::{ShardBuilder, TokenType};
 use sft_fast_core::source::{Chunk, Source};
 use sft_fast_core::template::Rendered;
-use sft_fast_core::tokenize::Tokens;
 use sft_fast_core::tokenize::fast::{FastTokenizer, Scratch};
+use sft_fast_core::tokenize::{Input, Tokens};
 
 #[path = "../rust/core/src/tokenize/fast/families.rs"]
 #[allow(dead_code)]
@@ -167,7 +167,7 @@ fn main() {
     let mut tokens = Tokens::default();
     bench(&mut group, "mask, warm: text and spans to ids and label runs", num_bytes, || {
         for (text, spans) in &texts {
-            encoder.encode(text, spans, &mut tokens).expect("any text can be encoded");
+            encoder.encode(Input { text, spans, ..Input::default() }, &mut tokens).expect("any text can be encoded");
             black_box(&tokens);
         }
     });
@@ -175,7 +175,7 @@ fn main() {
     let samples: Vec<Tokens> = texts
         .iter()
         .map(|(text, spans)| {
-            encoder.encode(text, spans, &mut tokens).expect("any text can be encoded");
+            encoder.encode(Input { text, spans, ..Input::default() }, &mut tokens).expect("any text can be encoded");
             tokens.clone()
         })
         .collect();

@@ -139,6 +139,7 @@ def write_dataset(
         "recipe": {
             "sequence_length": 1 << 20,
             "too_long": "reject",
+            "control_tokens": "plain",
             "system_key": None,
             "prompt_key": "instruction",
             "query_key": None,
@@ -159,6 +160,7 @@ def write_dataset(
         "num_rejected": 0,
         "rejected_by_reason": {},
         "num_truncated": 0,
+        "num_control_text": 0,
         "num_tokens": sum(len(ids) for ids, _ in samples),
         "num_label_tokens": sum(sum(mask[1:]) for _, mask in samples),
         "sample_tokens": {

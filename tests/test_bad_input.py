@@ -437,6 +437,7 @@ def test_a_wrong_model_directory_is_one_error(
         ({"sequence_length": -5}, ConfigError), ({"sequence_length": 2**32}, ConfigError),
         ({"num_threads": 0}, ConfigError), ({"num_threads": 1025}, ConfigError), ({"num_threads": 2**31}, ConfigError),
         ({"on_error": "ignore"}, ConfigError), ({"too_long": "cut"}, ConfigError),
+        ({"control_tokens": "keep"}, ConfigError),
         ({"template": "no_such_template"}, TemplateError), ({"template": "missing.jinja"}, SftFastError),
         ({"tokenizer": "no/such/model"}, TokenizerError), ({"prompt_key": "missing"}, InputError),
     ],

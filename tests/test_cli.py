@@ -112,6 +112,7 @@ def test_options_reach_the_preprocessing(run_cli: Run, tokenizer_dir: Path, writ
         "response_key": "answer",
         "num_threads": 1,
         "on_error": "skip",
+        "control_tokens": "allow",
         "too_long": "truncate",
     }
     report = sft_fast.preprocess([path], tmp_path / "python", tokenizer=tokenizer_dir, **options)

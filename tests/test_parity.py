@@ -66,7 +66,7 @@ def reference_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("model_dir", MODELS, indirect=True)
 def test_real_models_are_reproduced(model_dir: Path) -> None:
-    """Text as transformers renders it, ids as tokenizers gives them, and the mask from where answers are generated."""
+    """Text of transformers, ids of tokenizers (policy `allow`), and the mask from where answers are generated."""
     template = sft_fast.ChatTemplate.from_pretrained(model_dir)
     reference = reference_tokenizer(model_dir)
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
@@ -75,7 +75,7 @@ def test_real_models_are_reproduced(model_dir: Path) -> None:
     for messages in CONVERSATIONS:
         expected = reference.apply_chat_template(messages, tokenize=False)
         text, spans = template.render(messages)
-        ids, mask = template.encode(messages)
+        ids, mask = template.encode(messages, control_tokens="allow")
         assert expected == text
 
         encoding = tokenizer.encode(expected, add_special_tokens=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sft_fast import _core
 
@@ -20,7 +20,8 @@ class ChatTemplate:
     """The chat template of a model, with its tokenizer.
 
     The text equals that of `apply_chat_template(messages, tools=tools, tokenize=False)` of transformers, the ids those
-    of the tokenizer on that text without special tokens around it.
+    of the tokenizer on that text without special tokens around it, but for text in a message that spells a control
+    token: see `encode`.
 
     Examples:
         >>> template = ChatTemplate.from_pretrained("path/to/model")  # doctest: +SKIP
@@ -96,13 +97,18 @@ class ChatTemplate:
         return self._core.render(_as_record(messages, tools))
 
     def encode(
-        self, messages: Messages, tools: Sequence[Any] | None = None
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        *,
+        control_tokens: Literal["plain", "reject", "allow"] = "plain",
     ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """Render and tokenise a conversation.
 
         Args:
             messages: Messages in OpenAI's shape, at least one of the assistant.
             tools: JSON schemas of tools that the model may call.
+            control_tokens: What becomes of text in a message that spells a control token; see `preprocess`.
 
         Returns:
             Token ids uint32 [n], and the label mask bool [n]: true where a token is trained on.
@@ -110,7 +116,7 @@ class ChatTemplate:
         Raises:
             InputError: The conversation is wrong, or the template or the tokenizer refuses it.
         """
-        return self._core.encode(_as_record(messages, tools))
+        return self._core.encode(_as_record(messages, tools), control_tokens)
 
 
 def _as_record(messages: Messages, tools: Sequence[Any] | None) -> str:

@@ -101,6 +101,11 @@ def _check_data(config: SFTConfig, name: str, paths: list[str], console: Console
                     ("records", count(report.num_records)),
                     ("rejected", count(report.num_rejected)),
                     *((f"  {reason}", count(number)) for reason, number in sorted(report.rejected_by_reason.items())),
+                    *(
+                        [("control text", f"in {count(report.num_control_text)} samples")]
+                        if report.num_control_text
+                        else []
+                    ),
                     ("longest sample", f"{count(report.max_sample_tokens)} tokens"),
                 ],
             )

@@ -92,6 +92,10 @@ def preprocess(
     on_error: Annotated[
         Literal["raise", "skip"], typer.Option(help="What to do with a record that is wrong.")
     ] = "raise",
+    control_tokens: Annotated[
+        Literal["plain", "reject", "allow"],
+        typer.Option(help="What becomes of text in a record that spells a control token."),
+    ] = "plain",
     too_long: Annotated[
         Literal["reject", "truncate"], typer.Option(help="What to do with a sample that is too long.")
     ] = "reject",
@@ -140,6 +144,7 @@ def preprocess(
             template_date=template_date,
             num_threads=num_threads,
             on_error=on_error,
+            control_tokens=control_tokens,
             too_long=too_long,
             overwrite=overwrite,
             progress=progress,

@@ -163,6 +163,7 @@ def report_table(report: Report, title: str) -> Table:
             ("rejected", count(report.num_rejected)),
             *rejected,
             *([("truncated", count(report.num_truncated))] if report.num_truncated else []),
+            *([("control text", f"in {count(report.num_control_text)} samples")] if report.num_control_text else []),
             ("tokens", count(report.num_tokens)),
             ("label tokens", f"{count(report.num_label_tokens)} ({share:.1%})"),
             ("longest sample", f"{count(report.max_sample_tokens)} tokens"),

@@ -38,6 +38,8 @@ class Report:
     """Records left out by reason code; each is a line of `rejected.jsonl`."""
     num_truncated: int
     """Samples that lost their end to `sequence_length`; 0 unless `too_long="truncate"`."""
+    num_control_text: int
+    """Samples with text that spells a control token and was encoded as ordinary text (`control_tokens="plain"`)."""
     num_tokens: int
     num_label_tokens: int
     """Tokens with a loss."""
@@ -77,6 +79,7 @@ def preprocess(
     template_date: str | None = None,
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
+    control_tokens: Literal["plain", "reject", "allow"] = "plain",
     too_long: Literal["reject", "truncate"] = "reject",
     overwrite: bool = False,
     progress: Callable[[Progress], object] | None = None,
@@ -101,6 +104,8 @@ def preprocess(
         num_threads: Threads that encode; one for each core by default.
         on_error: `raise` stops at the first wrong record; `skip` leaves wrong records out, lists them in
             `rejected.jsonl` and counts them.
+        control_tokens: Text in a record that spells a control token, such as `<|im_end|>`: `plain` encodes it as
+            ordinary text, `reject` leaves the record out and counts it, `allow` does as transformers.
         too_long: `reject` leaves samples over `sequence_length` out and counts them; `truncate` cuts and counts them.
         overwrite: Whether another dataset in `output_dir` may be replaced.
         progress: Called about ten times a second with the state of the work; an exception stops it.
@@ -119,7 +124,8 @@ def preprocess(
     return _preprocess(output_dir, in_cache=False, overwrite=overwrite, files=files, tokenizer=tokenizer,
                        template=template, sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
                        query_key=query_key, response_key=response_key, template_date=template_date,
-                       num_threads=num_threads, on_error=on_error, too_long=too_long, progress=progress)  # fmt: skip
+                       num_threads=num_threads, on_error=on_error, control_tokens=control_tokens,
+                       too_long=too_long, progress=progress)  # fmt: skip
 
 
 def ensure_dataset(
@@ -136,6 +142,7 @@ def ensure_dataset(
     template_date: str | None = None,
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
+    control_tokens: Literal["plain", "reject", "allow"] = "plain",
     too_long: Literal["reject", "truncate"] = "reject",
     progress: Callable[[Progress], object] | None = None,
 ) -> Report:
@@ -152,7 +159,7 @@ def ensure_dataset(
             cache_dir, in_cache=True, overwrite=False, files=files, tokenizer=tokenizer, template=template,
             sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key, query_key=query_key,
             response_key=response_key, template_date=template_date, num_threads=num_threads, on_error=on_error,
-            too_long=too_long, progress=progress,
+            control_tokens=control_tokens, too_long=too_long, progress=progress,
         )  # fmt: skip
         if lease.keep(report.path):
             return report
@@ -186,8 +193,8 @@ def _preprocess(
 
 
 _REPORTED = (
-    "fingerprint", "num_records", "num_samples", "num_rejected", "rejected_by_reason", "num_truncated", "num_tokens",
-    "num_label_tokens",
+    "fingerprint", "num_records", "num_samples", "num_rejected", "rejected_by_reason", "num_truncated",
+    "num_control_text", "num_tokens", "num_label_tokens",
 )  # fmt: skip
 
 

@@ -290,6 +290,10 @@ class SFTConfig:
     on_error: Literal["raise", "skip"] = "raise"
     """A record that is wrong: `raise` stops, `skip` sets it aside in `rejected.jsonl` and goes on. Ours."""
 
+    control_tokens: Literal["plain", "reject", "allow"] = "plain"
+    """Text in a record that spells a control token, such as `<|im_end|>`: `plain` encodes it as ordinary text, `reject`
+    leaves the record out and counts it, `allow` makes it that token as transformers does. Ours."""
+
     too_long: Literal["reject", "truncate"] = "reject"
     """A sample of more than `sequence_length` tokens: `reject` leaves it out and counts it, `truncate` cuts its end.
     Ours."""
@@ -357,6 +361,7 @@ class SFTConfig:
             "template_date": self.template_date,
             "num_threads": self.sft_train.data_args.preprocessing_num_workers,
             "on_error": self.on_error,
+            "control_tokens": self.control_tokens,
             "too_long": self.too_long,
         }
 

@@ -30,6 +30,9 @@ pub enum ErrorKind {
     TemplateFailed,
     /// The text before an answer is not what the model would see when it generates that answer.
     MaskUnproved,
+    /// The record spells a control token, and `control_tokens` says to leave such records out, or the text can't be kept
+    /// from becoming one.
+    ControlText,
     /// The sample has more tokens than `sequence_length`.
     TooLong,
     /// No token of the sample would be trained on.
@@ -73,7 +76,7 @@ pub enum ErrorClass {
 
 impl ErrorKind {
     /// Why records are left out by a policy, though nothing is wrong with them.
-    pub const LEFT_OUT: [Self; 2] = [Self::TooLong, Self::NoLabelTokens];
+    pub const LEFT_OUT: [Self; 3] = [Self::ControlText, Self::TooLong, Self::NoLabelTokens];
 
     /// The stable name of the kind, as written to `rejected.jsonl` and counted in the manifest.
     pub fn code(self) -> &'static str {
@@ -90,6 +93,7 @@ impl ErrorKind {
             Self::NoAnswer => "no_answer",
             Self::TemplateFailed => "template_failed",
             Self::MaskUnproved => "mask_unproved",
+            Self::ControlText => "control_text",
             Self::TooLong => "too_long",
             Self::NoLabelTokens => "no_label_tokens",
             Self::EncodeFailed => "encode_failed",

@@ -43,6 +43,8 @@ pub struct Recipe {
     pub sequence_length: u32,
     /// `reject` or `truncate`.
     pub too_long: String,
+    /// What becomes of text that spells a control token: `plain`, `reject` or `allow`.
+    pub control_tokens: String,
     /// Field of the system prompt.
     pub system_key: Option<String>,
     /// Field of the prompt.
@@ -104,6 +106,8 @@ pub struct Manifest {
     pub rejected_by_reason: BTreeMap<String, u64>,
     /// Samples that lost their end.
     pub num_truncated: u64,
+    /// Samples with text that spells a control token and was encoded as ordinary text.
+    pub num_control_text: u64,
     /// Tokens of all samples.
     pub num_tokens: u64,
     /// Tokens with a loss.

@@ -8,6 +8,7 @@ use sft_fast_core::conversation::FieldMapping;
 use sft_fast_core::model::Model;
 use sft_fast_core::preprocess::{self as core, MAX_SHARD_TOKENS, OnError, Options, Place};
 use sft_fast_core::sample::TooLong;
+use sft_fast_core::tokenize::control::ControlPolicy;
 use sft_fast_core::{Error, ErrorKind};
 
 use crate::error::{detached, to_python};
@@ -27,7 +28,8 @@ pub struct Progress {
 /// tokenizer was taken).
 #[pyfunction]
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
-    query_key, response_key, template_date, num_threads, on_error, too_long, overwrite, progress, chunk_bytes=None, max_shard_tokens=None))]
+    query_key, response_key, template_date, num_threads, on_error,
+    control_tokens, too_long, overwrite, progress, chunk_bytes=None, max_shard_tokens=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub fn preprocess(
     py: Python<'_>,
@@ -44,6 +46,7 @@ pub fn preprocess(
     template_date: Option<String>,
     num_threads: Option<NonZero<usize>>,
     on_error: &str,
+    control_tokens: &str,
     too_long: &str,
     overwrite: bool,
     progress: Option<Py<PyAny>>,
@@ -61,6 +64,8 @@ pub fn preprocess(
         },
         mapping: FieldMapping { system_key, prompt_key, query_key, response_key },
         sequence_length,
+        control_tokens: ControlPolicy::named(control_tokens)
+            .ok_or_else(|| unknown("control_tokens", "'plain', 'reject' or 'allow'", control_tokens))?,
         too_long: match too_long {
             "reject" => TooLong::Reject,
             "truncate" => TooLong::Truncate,

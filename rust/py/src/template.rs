@@ -6,6 +6,7 @@ use numpy::PyArray1;
 use pyo3::prelude::*;
 use sft_fast_core::conversation::{Conversation, FieldMapping};
 use sft_fast_core::model::{Model, Sampler};
+use sft_fast_core::tokenize::control::ControlPolicy;
 use sft_fast_core::{Error, ErrorKind, json};
 
 use crate::error::to_python;
@@ -18,12 +19,23 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// Renders the record `{"messages": …, "tools": …}` that `record` is as JSON, and hands the result to `take`.
-    fn sample<T: Send>(&self, py: Python<'_>, record: &str, take: impl FnOnce(Sampler<'_>) -> T + Send) -> PyResult<T> {
+    fn sample<T: Send>(
+        &self,
+        py: Python<'_>,
+        record: &str,
+        control_tokens: &str,
+        take: impl FnOnce(Sampler<'_>) -> T + Send,
+    ) -> PyResult<T> {
         py.detach(|| {
+            let control_tokens = ControlPolicy::named(control_tokens).ok_or_else(|| {
+                let message =
+                    format!("expected control_tokens to be 'plain', 'reject' or 'allow', found '{control_tokens}'");
+                Error::new(ErrorKind::Argument, message)
+            })?;
             let value = json::parse(record)
                 .map_err(|error| Error::new(ErrorKind::InvalidJson, error.message).at_offset(error.offset))?;
             let conversation = Conversation::from_record(value, &FieldMapping::default())?;
-            let mut sampler = Sampler::new(&self.model);
+            let mut sampler = Sampler::new(&self.model, control_tokens);
             sampler.sample(&self.model, &conversation)?;
             Ok(take(sampler))
         })
@@ -60,7 +72,7 @@ impl ChatTemplate {
 
     /// (text, byte ranges of it that are trained on).
     fn render(&self, py: Python<'_>, record: &str) -> PyResult<(String, Vec<(usize, usize)>)> {
-        self.sample(py, record, |sampler| {
+        self.sample(py, record, ControlPolicy::Allow.as_str(), |sampler| {
             let spans = sampler.rendered.spans.iter().map(|span| (span.start, span.end)).collect();
             (sampler.rendered.text, spans)
         })
@@ -72,8 +84,9 @@ impl ChatTemplate {
         &self,
         py: Python<'py>,
         record: &str,
+        control_tokens: &str,
     ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<bool>>)> {
-        let (ids, mask) = self.sample(py, record, |sampler| {
+        let (ids, mask) = self.sample(py, record, control_tokens, |sampler| {
             let mut mask = vec![false; sampler.tokens.ids.len()];
             for run in &sampler.tokens.runs {
                 mask[run.start as usize..run.end as usize].fill(true);

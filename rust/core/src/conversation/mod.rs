@@ -26,6 +26,11 @@ pub enum Role {
 impl Role {
     const ALL: [Self; 5] = [Self::System, Self::Developer, Self::User, Self::Assistant, Self::Tool];
 
+    /// The role that has this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == name)
+    }
+
     /// The name as templates and records spell it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -217,7 +222,7 @@ impl<'a> Message<'a> {
         let name = role
             .as_str()
             .ok_or_else(|| wrong_type("a string", role.type_name(), role.offset, &format!("{}.role", place())))?;
-        let role = Role::ALL.into_iter().find(|known| known.as_str() == name).ok_or_else(|| {
+        let role = Role::named(name).ok_or_else(|| {
             let known = Role::ALL.map(Role::as_str);
             Error::new(ErrorKind::UnknownRole, format!("expected a role of {}, found '{name}'", quoted(&known)))
                 .at_offset(role.offset)

@@ -24,6 +24,7 @@ pub struct Counts {
     pub num_rejected: u64,
     pub rejected_by_reason: BTreeMap<String, u64>,
     pub num_truncated: u64,
+    pub num_control_text: u64,
     pub num_tokens: u64,
     pub num_label_tokens: u64,
     pub files: Vec<SourceInfo>,
@@ -182,6 +183,7 @@ impl<'a> Collector<'a> {
         self.counts.num_records += batch.num_records;
         self.counts.files[batch.file as usize].num_records += batch.num_records;
         self.counts.num_truncated += batch.num_truncated;
+        self.counts.num_control_text += batch.num_control_text;
         self.num_newlines += batch.num_newlines;
         self.num_bytes += batch.num_source_bytes;
         Ok(())

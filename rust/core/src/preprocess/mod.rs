@@ -22,6 +22,7 @@ use crate::sample::TooLong;
 use crate::shard::TokenType;
 use crate::source::Source;
 use crate::staging::Staging;
+use crate::tokenize::control::ControlPolicy;
 use collect::Collector;
 use schedule::Schedule;
 use worker::work;
@@ -60,6 +61,8 @@ pub struct Options {
     pub mapping: FieldMapping,
     /// Longest sample, in tokens.
     pub sequence_length: u32,
+    /// What becomes of text that spells a control token.
+    pub control_tokens: ControlPolicy,
     /// What to do with longer ones.
     pub too_long: TooLong,
     /// What to do with wrong records.
@@ -165,6 +168,7 @@ pub fn preprocess(
         num_rejected: counts.num_rejected,
         rejected_by_reason: counts.rejected_by_reason,
         num_truncated: counts.num_truncated,
+        num_control_text: counts.num_control_text,
         num_tokens: counts.num_tokens,
         num_label_tokens: counts.num_label_tokens,
         files: counts.files,
@@ -265,6 +269,7 @@ fn recipe(options: &Options, model: &Model) -> Recipe {
             TooLong::Reject => "reject".into(),
             TooLong::Truncate => "truncate".into(),
         },
+        control_tokens: options.control_tokens.as_str().into(),
         system_key: mapping.system_key,
         prompt_key: mapping.prompt_key,
         query_key: mapping.query_key,
@@ -338,19 +343,19 @@ fn no_samples(manifest: &Manifest) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::ops::Range;
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     use super::*;
     use crate::template::ChatTemplate;
-    use crate::tokenize::{Encode, Tokenizer, Tokens};
+    use crate::tokenize::control::ControlTokens;
+    use crate::tokenize::{Encode, Input, Tokenizer, Tokens};
 
     /// A tokenizer with a bug: it can't bear the letter z. Every other character is a token.
-    struct Fragile;
+    struct Fragile(ControlTokens);
 
     impl Tokenizer for Fragile {
         fn encoder(&self) -> Box<dyn Encode + '_> {
-            Box::new(Self)
+            Box::new(FragileEncoder)
         }
 
         fn vocab_size(&self) -> u32 {
@@ -361,13 +366,20 @@ mod tests {
             None
         }
 
+        fn control_tokens(&self) -> &ControlTokens {
+            &self.0
+        }
+
         fn why_not_fast(&self) -> Option<&str> {
             None
         }
     }
 
-    impl Encode for Fragile {
-        fn encode(&mut self, text: &str, spans: &[Range<usize>], tokens: &mut Tokens) -> Result<()> {
+    struct FragileEncoder;
+
+    impl Encode for FragileEncoder {
+        fn encode(&mut self, input: Input<'_>, tokens: &mut Tokens) -> Result<()> {
+            let Input { text, spans, .. } = input;
             assert!(!text.contains('z'), "a bug");
             tokens.ids = text.bytes().map(u32::from).collect();
             tokens.runs = spans.iter().map(|span| span.start as u32..span.end as u32).collect();
@@ -380,7 +392,7 @@ mod tests {
                         {% if add_generation_prompt %}assistant:{% endif %}";
         Model {
             directory: "model".into(),
-            tokenizer: Box::new(Fragile),
+            tokenizer: Box::new(Fragile(ControlTokens::new(std::iter::empty()))),
             tokenizer_sha256: String::new(),
             template_name: "native".into(),
             template: ChatTemplate::compile("test", template, &[]).unwrap(),
@@ -400,6 +412,7 @@ mod tests {
             place: Place::Directory { path: directory.join("out"), overwrite: false },
             mapping: FieldMapping::default(),
             sequence_length: 100,
+            control_tokens: ControlPolicy::Plain,
             too_long: TooLong::Reject,
             on_error: OnError::Raise,
             num_threads: NonZero::new(3),

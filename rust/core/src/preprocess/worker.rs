@@ -24,6 +24,7 @@ pub struct Batch {
     pub num_newlines: u64,
     pub num_records: u64,
     pub num_truncated: u64,
+    pub num_control_text: u64,
     /// Token ids of all samples, one after the other.
     pub ids: Vec<u32>,
     /// Runs of tokens that are trained on, counted from the first token of their sample.
@@ -69,7 +70,7 @@ pub fn work(options: &Options, model: &Model, source: &Source, schedule: &Schedu
         model,
         source,
         schedule,
-        sampler: Sampler::new(model),
+        sampler: Sampler::new(model, options.control_tokens),
         chunk: Chunk::default(),
         spare_ids: Vec::new(),
     };
@@ -166,6 +167,7 @@ fn encode_record(
     let num_tokens = sampler.tokens.ids.len();
     let kept = fit(num_tokens, &mut sampler.tokens.runs, options.sequence_length, options.too_long)?;
     batch.num_truncated += u64::from(kept < num_tokens);
+    batch.num_control_text += u64::from(!sampler.control_text.is_empty());
     batch.ids.extend_from_slice(&sampler.tokens.ids[..kept]);
     batch.runs.extend_from_slice(&sampler.tokens.runs);
     batch.samples.push(BatchSample {

@@ -185,6 +185,7 @@ impl<'a> Interpreter<'a> {
     pub fn spend_on(&mut self, value: &Value<'a>) -> Eval<()> {
         match value {
             Value::Text(Text::Shared(text)) => self.spend(text.len() / 1024),
+            Value::Text(Text::Made(made)) => self.spend(made.text.len() / 1024),
             Value::Sequence(_, items @ Items::Shared(..)) => self.spend(items.len() / 64),
             _ => Ok(()),
         }

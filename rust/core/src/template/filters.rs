@@ -7,6 +7,7 @@ use super::failure::{Eval, impossible};
 use super::format::{JsonStyle, percent};
 use super::methods::{Arguments, Attribute, replace, strip};
 use super::operators::{binary, compare, equal, item};
+use super::origin::Origin;
 use super::predicates::Predicate;
 use super::python::{capitalize, is_space, split_lines};
 use super::value::{Text, Value};
@@ -133,7 +134,7 @@ impl Filter {
                     return impossible("the filter 'format' with named values is not supported");
                 }
                 let values = Value::tuple(arguments.positional)?;
-                percent(soft_text(&value)?.as_str(), &values)
+                percent(&soft_text(&value)?, &values)
             }
             Self::Trim | Self::Replace | Self::Indent => text_with_arguments(self, &value, arguments),
             Self::Sort | Self::Unique | Self::Min | Self::Max | Self::Join | Self::Sum => {
@@ -167,6 +168,11 @@ fn soft_text<'a>(value: &Value<'a>) -> Eval<Text<'a>> {
     }
 }
 
+/// A text made of `value`.
+fn marked<'a>(value: &Value<'a>, made: String) -> Value<'a> {
+    Value::Text(Origin::of(value).mark(made))
+}
+
 fn plain<'a>(filter: Filter, value: Value<'a>) -> Eval<Value<'a>> {
     Ok(match filter {
         Filter::String => match value {
@@ -175,10 +181,10 @@ fn plain<'a>(filter: Filter, value: Value<'a>) -> Eval<Value<'a>> {
         },
         Filter::Safe => Value::Safe(value.to_text()?),
         Filter::Length => Value::Int(value.len()? as i128),
-        Filter::Upper => Value::owned(soft_text(&value)?.as_str().to_uppercase()),
-        Filter::Lower => Value::owned(soft_text(&value)?.as_str().to_lowercase()),
-        Filter::Capitalize => Value::owned(capitalize(soft_text(&value)?.as_str())?),
-        Filter::Title => Value::owned(title_words(soft_text(&value)?.as_str())?),
+        Filter::Upper => marked(&value, soft_text(&value)?.as_str().to_uppercase()),
+        Filter::Lower => marked(&value, soft_text(&value)?.as_str().to_lowercase()),
+        Filter::Capitalize => marked(&value, capitalize(soft_text(&value)?.as_str())?),
+        Filter::Title => marked(&value, title_words(soft_text(&value)?.as_str())?),
         Filter::List => Value::list(value.iterate()?.iter().collect())?,
         Filter::First => match &value {
             Value::Generator(values) => values.borrow_mut().pop_front(),
@@ -193,7 +199,7 @@ fn plain<'a>(filter: Filter, value: Value<'a>) -> Eval<Value<'a>> {
             }
         },
         Filter::Reverse => match &value {
-            Value::Text(text) => Value::owned(text.as_str().chars().rev().collect()),
+            Value::Text(text) => marked(&value, text.as_str().chars().rev().collect()),
             Value::Safe(_) => return impossible("changing a text marked 'safe' is not supported"),
             value => {
                 let mut values: Vec<_> = value.iterate()?.iter().collect();
@@ -252,7 +258,7 @@ fn text_with_arguments<'a>(filter: Filter, value: &Value<'a>, arguments: Argumen
                     None => return impossible("expected an int as the number of replacements"),
                 },
             };
-            Ok(Value::Text(replace(&value.to_text()?, printed(old)?.as_str(), printed(new)?.as_str(), count)))
+            Ok(Value::Text(replace(&value.to_text()?, printed(old)?.as_str(), &printed(new)?, count)))
         }
         _ => {
             let [width, first, blank] = arguments.bind(["width", "first", "blank"], 0)?;
@@ -280,7 +286,7 @@ fn text_with_arguments<'a>(filter: Filter, value: &Value<'a>, arguments: Argumen
                 }
                 result.push_str(line);
             }
-            Ok(Value::owned(result))
+            Ok(marked(value, result))
         }
     }
 }
@@ -316,7 +322,7 @@ fn to_json<'a>(value: &Value<'a>, arguments: Arguments<'a>) -> Eval<Value<'a>> {
     };
     let mut out = String::new();
     style.write(value, &mut out)?;
-    Ok(Value::owned(out))
+    Ok(marked(value, out))
 }
 
 /// What Jinja's attribute arguments find in an item: `a.0.b`; `None` finds the item itself.
@@ -432,14 +438,14 @@ fn collection_with_arguments<'a>(filter: Filter, value: &Value<'a>, arguments: A
         Filter::Join => {
             let [separator, attribute] = arguments.bind(["d", "attribute"], 0)?;
             let separator = separator.unwrap_or(Value::text("")).to_text()?;
-            let mut joined = String::new();
+            let mut joined = Vec::new();
             for (index, item) in items.iter().enumerate() {
                 if index > 0 {
-                    joined.push_str(separator.as_str());
+                    joined.push(separator.clone());
                 }
-                path(&item, attribute.as_ref(), None)?.write(&mut joined)?;
+                joined.push(path(&item, attribute.as_ref(), None)?.to_text()?);
             }
-            Ok(Value::owned(joined))
+            Ok(Value::Text(Text::join(joined)))
         }
         Filter::Sum => {
             let [attribute, start] = arguments.bind(["attribute", "start"], 0)?;

@@ -1,9 +1,10 @@
 //! Values as text in other ways than printing: JSON as `transformers`' `tojson` writes it, `%` and `str.format`.
 
 use super::failure::{Eval, impossible};
+use super::methods::part;
 use super::operators::compare;
 use super::python::write_float;
-use super::value::{SequenceKind, Value};
+use super::value::{SequenceKind, Text, Value};
 
 /// The arguments of `tojson`, as those of Python's `json.dumps`.
 #[derive(Debug)]
@@ -149,26 +150,26 @@ fn write_json_float(number: f64, out: &mut String) {
 }
 
 /// `text % arguments` with the plain conversions `%s`, `%d`, `%i`, `%%`; all others are refused.
-pub(super) fn percent<'a>(text: &str, arguments: &Value<'a>) -> Eval<Value<'a>> {
+pub(super) fn percent<'a>(text: &Text<'a>, arguments: &Value<'a>) -> Eval<Value<'a>> {
     let values: Vec<Value<'a>> = match arguments {
         Value::Sequence(SequenceKind::Tuple, items) => items.iter().collect(),
         Value::Dict(_) => return impossible("'%' with a dict is not supported"),
         single => vec![single.clone()],
     };
     let mut values = values.into_iter();
-    let mut out = String::new();
-    let mut rest = text;
+    let mut out = Vec::new();
+    let mut rest = text.as_str();
     while let Some(at) = rest.find('%') {
-        out.push_str(&rest[..at]);
+        out.push(part(text, &rest[..at]));
         let letter = rest[at + 1..].chars().next();
         match letter {
-            Some('%') => out.push('%'),
+            Some('%') => out.push(part(text, &rest[at..=at])),
             Some('s' | 'd' | 'i') => {
                 let Some(value) = values.next() else { return impossible("not enough values for the format") };
                 match (letter, &value) {
-                    (Some('s'), _) => value.write(&mut out)?,
+                    (Some('s'), _) => out.push(value.to_text()?),
                     (_, Value::Int(_) | Value::Bool(_)) => {
-                        Value::Int(value.as_int().unwrap_or_default()).write(&mut out)?
+                        out.push(Value::Int(value.as_int().unwrap_or_default()).to_text()?)
                     }
                     _ => return impossible(format!("can't format a {} with %d", value.type_name())),
                 }
@@ -177,26 +178,26 @@ pub(super) fn percent<'a>(text: &str, arguments: &Value<'a>) -> Eval<Value<'a>> 
         }
         rest = &rest[at + 2..];
     }
-    out.push_str(rest);
+    out.push(part(text, rest));
     // Python also forgives a list or a dict that is left over, but not other values.
     match values.next() {
-        None => Ok(Value::owned(out)),
+        None => Ok(Value::Text(Text::join(out))),
         Some(_) => impossible("too many values for the format"),
     }
 }
 
 /// `text.format(…)` with the fields `{}`, `{0}` and `{name}`; all others are refused.
-pub(super) fn format<'a>(text: &str, arguments: &[Value<'a>], named: &[(&'a str, Value<'a>)]) -> Eval<Value<'a>> {
-    let mut out = String::new();
+pub(super) fn format<'a>(text: &Text<'a>, arguments: &[Value<'a>], named: &[(&'a str, Value<'a>)]) -> Eval<Value<'a>> {
+    let mut out = Vec::new();
     let mut next = 0;
     let mut is_numbered = None;
-    let mut rest = text;
+    let mut rest = text.as_str();
     while let Some(at) = rest.find(['{', '}']) {
-        out.push_str(&rest[..at]);
+        out.push(part(text, &rest[..at]));
         let brace = &rest[at..=at];
         rest = &rest[at + 1..];
         if rest.starts_with(brace) {
-            out.push_str(brace);
+            out.push(part(text, brace));
             rest = &rest[1..];
             continue;
         }
@@ -216,13 +217,13 @@ pub(super) fn format<'a>(text: &str, arguments: &[Value<'a>], named: &[(&'a str,
             return impossible(format!("the field '{{{field}}}' of a format is not supported"));
         };
         match found {
-            Some(value) => value.write(&mut out)?,
+            Some(value) => out.push(value.to_text()?),
             None => return impossible(format!("no value for the field '{{{field}}}' of the format")),
         }
         rest = &rest[end + 1..];
     }
-    out.push_str(rest);
-    Ok(Value::owned(out))
+    out.push(part(text, rest));
+    Ok(Value::Text(Text::join(out)))
 }
 
 #[cfg(test)]
@@ -262,18 +263,18 @@ mod tests {
     #[test]
     fn formats() {
         let pair = Value::tuple(vec![Value::text("a"), Value::Bool(true)]).unwrap();
-        assert_eq!(Some("a is 1%"), percent("%s is %d%%", &pair).unwrap().as_str());
-        assert!(percent("%5s", &Value::None).is_err());
-        assert!(percent("%s", &pair).is_err());
+        assert_eq!(Some("a is 1%"), percent(&Text::Borrowed("%s is %d%%"), &pair).unwrap().as_str());
+        assert!(percent(&Text::Borrowed("%5s"), &Value::None).is_err());
+        assert!(percent(&Text::Borrowed("%s"), &pair).is_err());
 
         let arguments = [Value::Int(1), Value::text("x")];
         assert_eq!(
             Some("1-x {} n"),
-            format("{}-{} {{}} {n}", &arguments, &[("n", Value::text("n"))]).unwrap().as_str()
+            format(&Text::Borrowed("{}-{} {{}} {n}"), &arguments, &[("n", Value::text("n"))]).unwrap().as_str()
         );
-        assert_eq!(Some("x1"), format("{1}{0}", &arguments, &[]).unwrap().as_str());
+        assert_eq!(Some("x1"), format(&Text::Borrowed("{1}{0}"), &arguments, &[]).unwrap().as_str());
         for refused in ["{0:>5}", "{a.b}", "{!r}", "{", "}", "{}{0}", "{9}"] {
-            assert!(format(refused, &arguments, &[]).is_err(), "{refused}");
+            assert!(format(&Text::Borrowed(refused), &arguments, &[]).is_err(), "{refused}");
         }
     }
 }

@@ -21,7 +21,7 @@ pub(super) fn messages<'a>(messages: &'a [Message<'a>]) -> Items<'a> {
         let is_plain = |member: &Member<'_>| !matches!(member.value.data, Data::Null) && !is_reasoning(&member.key);
         match message.fields.iter().all(is_plain) {
             true => Value::Dict(Dict::Json(&message.fields)),
-            false => dict(message, |_, member| Value::from_json(&member.value)),
+            false => dict(message, |_, member| Value::of_member(member)),
         }
     }))
 }
@@ -34,7 +34,7 @@ pub(super) fn traced<'a>(messages: &'a [Message<'a>], trace: &'a Trace, num_untr
             Some(text) if member.key != "role" && (index < first_untraced || member.key != "content") => {
                 Value::Text(Text::Traced(Rc::new(Traced::new((index, field), text, trace))))
             }
-            _ => Value::from_json(&member.value),
+            _ => Value::of_member(member),
         })
     }))
 }
@@ -52,7 +52,7 @@ fn is_reasoning(key: &str) -> bool {
 fn dict<'a>(message: &'a Message<'a>, convert: impl Fn(usize, &'a Member<'a>) -> Value<'a>) -> Value<'a> {
     let fields = message.fields.iter().enumerate().filter(|(_, member)| !matches!(member.value.data, Data::Null));
     let mut fields: Vec<(Value<'a>, Value<'a>)> =
-        fields.map(|(index, member)| (Value::text(&member.key), convert(index, member))).collect();
+        fields.map(|(index, member)| (Value::record(&member.key), convert(index, member))).collect();
     let find =
         |fields: &[(Value<'a>, Value<'a>)], name: &str| fields.iter().position(|(key, _)| key.as_str() == Some(name));
     let reasoning = REASONING.iter().find_map(|name| find(&fields, name)).map(|at| fields[at].1.clone());

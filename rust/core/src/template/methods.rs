@@ -5,6 +5,7 @@ use std::rc::Rc;
 use super::failure::{Eval, impossible};
 use super::format::format;
 use super::operators::{dict_get, equal, text_contains, undefined_operation};
+use super::origin::Origin;
 use super::python::{capitalize, is_space, split_lines, title};
 use super::trace::{Question, Strip};
 use super::value::{Loop, SequenceKind, Text, Value};
@@ -271,7 +272,7 @@ fn string_method<'a>(text: &Text<'a>, method: Attribute, arguments: Arguments<'a
                     None => return impossible("expected an int as the number of replacements"),
                 },
             };
-            Ok(Value::Text(replace(text, string_argument(old)?.as_str(), string_argument(new)?.as_str(), count)))
+            Ok(Value::Text(replace(text, string_argument(old)?.as_str(), &string_argument(new)?, count)))
         }
         _ => look_at(text, method, arguments),
     }
@@ -339,26 +340,27 @@ fn look_at<'a>(text: &Text<'a>, method: Attribute, arguments: Arguments<'a>) -> 
         }
         A::Join => {
             let [parts] = arguments.positional(1)?;
-            let mut joined = String::new();
+            let mut joined = Vec::new();
             for (index, part) in parts.unwrap_or(Value::None).iterate()?.iter().enumerate() {
                 if index > 0 {
-                    joined.push_str(string);
+                    joined.push(text.clone());
                 }
-                match &part {
-                    Value::Text(part) => joined.push_str(part.as_str()),
+                match part {
+                    Value::Text(part) => joined.push(part),
                     part => return impossible(format!("can't join a {}", part.type_name())),
                 }
             }
-            Ok(Value::owned(joined))
+            Ok(Value::Text(Text::join(joined)))
         }
-        A::Format => format(string, &arguments.positional, &arguments.named),
+        A::Format => format(text, &arguments.positional, &arguments.named),
         _ => {
             arguments.positional::<0>(0)?;
+            let marked = |made: String| Value::Text(Origin::of_text(text).mark(made));
             Ok(match method {
-                A::Upper => Value::owned(string.to_uppercase()),
-                A::Lower => Value::owned(string.to_lowercase()),
-                A::Capitalize => Value::owned(capitalize(string)?),
-                A::Title => Value::owned(title(string)?),
+                A::Upper => marked(string.to_uppercase()),
+                A::Lower => marked(string.to_lowercase()),
+                A::Capitalize => marked(capitalize(string)?),
+                A::Title => marked(title(string)?),
                 A::IsSpace => Value::Bool(!string.is_empty() && string.chars().all(is_space)),
                 A::IsDigit | A::IsAlpha if !string.is_ascii() => {
                     return impossible("the class of a character outside of ASCII is not supported");
@@ -379,7 +381,7 @@ fn string_argument<'a>(argument: Option<Value<'a>>) -> Eval<Text<'a>> {
 }
 
 /// The text of `part`, a slice of `whole`.
-fn part<'a>(whole: &Text<'a>, part: &str) -> Text<'a> {
+pub(super) fn part<'a>(whole: &Text<'a>, part: &str) -> Text<'a> {
     let start = part.as_ptr() as usize - whole.as_str().as_ptr() as usize;
     whole.cut(|text| &text[start..start + part.len()])
 }
@@ -399,12 +401,16 @@ pub(super) fn strip<'a>(text: &Text<'a>, side: Attribute, characters: Option<&Va
 }
 
 /// `str.replace`
-pub(super) fn replace<'a>(text: &Text<'a>, old: &str, new: &str, count: i128) -> Text<'a> {
+pub(super) fn replace<'a>(text: &Text<'a>, old: &str, new: &Text<'a>, count: i128) -> Text<'a> {
     let limit = usize::try_from(count).unwrap_or(usize::MAX);
     if !text_contains(text, old) {
         return text.clone();
     }
-    Text::Shared(text.as_str().replacen(old, new, limit).into())
+    if let (Text::Borrowed(_) | Text::Shared(_), Text::Borrowed(_) | Text::Shared(_)) = (text, new) {
+        return Text::Shared(text.as_str().replacen(old, new.as_str(), limit).into());
+    }
+    let kept = text.as_str().splitn(limit.saturating_add(1), old).map(|piece| part(text, piece));
+    Text::join(kept.flat_map(|piece| [new.clone(), piece]).skip(1).collect())
 }
 
 fn split<'a>(

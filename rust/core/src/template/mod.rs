@@ -22,6 +22,7 @@ mod methods;
 mod named;
 mod operators;
 mod order;
+mod origin;
 mod parser;
 mod plan;
 mod predicates;
@@ -40,6 +41,7 @@ use serde::Serialize;
 
 use self::failure::{Eval, Failure};
 use self::interpreter::Interpreter;
+use self::origin::Made;
 use self::plan::Plans;
 use self::scope::Program;
 use self::sink::{Difference, Output, Sink, Visit};
@@ -48,6 +50,7 @@ use self::value::{Items, Value};
 use crate::conversation::{Conversation, Message, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::json;
+use crate::tokenize::control::Stretch;
 
 pub use self::clock::DateTime;
 pub use self::load::{SpecialTokens, load};
@@ -87,6 +90,8 @@ pub struct Rendered {
     pub text: String,
     /// The byte ranges of `text` that are trained on: in order, disjoint, none empty.
     pub spans: Vec<Range<usize>>,
+    /// The stretches of `text` that the record wrote, not the template: in order, disjoint, none empty.
+    pub stretches: Vec<Stretch>,
     plans: Plans,
 }
 
@@ -141,7 +146,11 @@ impl ChatTemplate {
     pub fn render(&self, conversation: &Conversation<'_>, out: &mut Rendered) -> Result<()> {
         out.text.clear();
         out.spans.clear();
-        if out.plans.render(&self.identity, conversation, &mut out.text, &mut out.spans) {
+        out.stretches.clear();
+        let mut plans = std::mem::take(&mut out.plans);
+        let is_rendered = plans.render(&self.identity, conversation, out);
+        out.plans = plans;
+        if is_rendered {
             return Ok(());
         }
         self.render_without_plan(conversation, out)?;
@@ -152,11 +161,11 @@ impl ChatTemplate {
     fn render_without_plan(&self, conversation: &Conversation<'_>, out: &mut Rendered) -> Result<()> {
         input::check(conversation)?;
         let messages = input::messages(&conversation.messages);
-        let text = std::mem::take(&mut out.text);
+        let sink = Sink::collect(std::mem::take(&mut out.text), std::mem::take(&mut out.stretches));
         let output = self
-            .run(messages.clone(), conversation.tools.as_ref(), false, Sink::Collect(text))
+            .run(messages.clone(), conversation.tools.as_ref(), false, sink)
             .map_err(|failure| self.failed(&failure))?;
-        out.text = output.sink.into_text();
+        Made { text: out.text, stretches: out.stretches } = output.sink.into_made();
         if self.program.has_generation {
             out.spans.extend(output.generated.into_iter().filter(|span| !span.is_empty()));
             return Ok(());
@@ -171,9 +180,9 @@ impl ChatTemplate {
     pub fn render_prompt(&self, conversation: &Conversation<'_>, add_generation_prompt: bool) -> Result<String> {
         input::check(conversation)?;
         let messages = input::messages(&conversation.messages);
-        let sink = Sink::Collect(String::new());
+        let sink = Sink::collect(String::new(), Vec::new());
         match self.run(messages, conversation.tools.as_ref(), add_generation_prompt, sink) {
-            Ok(output) => Ok(output.sink.into_text()),
+            Ok(output) => Ok(output.sink.into_made().text),
             Err(failure) => Err(self.failed(&failure)),
         }
     }
@@ -231,9 +240,9 @@ impl ChatTemplate {
 
     /// The text of `messages` alone, and what a loop over them wrote.
     fn observe(&self, messages: &[Message<'_>], add_generation_prompt: bool) -> Eval<(String, Vec<Visit>)> {
-        let sink = Sink::Collect(String::new());
+        let sink = Sink::collect(String::new(), Vec::new());
         let output = self.run(input::messages(messages), None, add_generation_prompt, sink)?;
-        Ok((output.sink.into_text(), output.visits))
+        Ok((output.sink.into_made().text, output.visits))
     }
 
     /// Tries the proof of [`spans`] on a conversation of two turns.

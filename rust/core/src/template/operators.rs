@@ -6,6 +6,7 @@ use super::ast::{Comparison, Operator};
 use super::failure::{Eval, impossible};
 use super::format::percent;
 use super::methods::{Attribute, attribute_of};
+use super::origin::Origin;
 use super::trace::Question;
 use super::value::{Dict, SequenceKind, Text, Value};
 
@@ -165,22 +166,19 @@ pub(super) fn binary<'a>(operator: Operator, left: &Value<'a>, right: &Value<'a>
     }
     match (operator, left, right) {
         (Operator::Add, Value::Text(left), Value::Text(right)) => {
-            Ok(Value::Text(match (left.plain(), right.plain()) {
-                (Some(left), Some(right)) => Text::Shared([left, right].concat().into()),
-                _ => Text::join(vec![left.clone(), right.clone()]),
-            }))
+            Ok(Value::Text(Text::join(vec![left.clone(), right.clone()])))
         }
         (
             Operator::Add,
             Value::Sequence(kind @ (SequenceKind::List | SequenceKind::Tuple), left),
             Value::Sequence(other, right),
         ) if kind == other => Value::sequence(*kind, left.iter().chain(right.iter()).collect()),
-        (Operator::Modulo, Value::Text(text), arguments) => percent(text.as_str(), arguments),
+        (Operator::Modulo, Value::Text(text), arguments) => percent(text, arguments),
         (Operator::Multiply, Value::Text(text), times) | (Operator::Multiply, times, Value::Text(text)) => {
             let Some(times) = times.as_int() else { return unsupported() };
             let times = usize::try_from(times.max(0)).unwrap_or(usize::MAX);
             match text.as_str().len().checked_mul(times) {
-                Some(length) if length <= MAX_REPEATED_BYTES => Ok(Value::owned(text.as_str().repeat(times))),
+                Some(length) if length <= MAX_REPEATED_BYTES => Ok(Value::Text(Text::join(vec![text.clone(); times]))),
                 _ => impossible(format!("a text repeated to more than {MAX_REPEATED_BYTES} bytes")),
             }
         }
@@ -285,7 +283,7 @@ pub(super) fn item<'a>(value: &Value<'a>, key: &Value<'a>) -> Eval<Value<'a>> {
         return Ok(found);
     }
     let name = match key {
-        Value::Text(Text::Borrowed(name)) => name,
+        Value::Text(Text::Borrowed(name) | Text::Record(name)) => name,
         _ => "item",
     };
     let attribute = match key.as_str() {
@@ -344,7 +342,8 @@ pub(super) fn slice<'a>(value: &Value<'a>, bounds: [Option<Value<'a>>; 3]) -> Ev
                 return Ok(Value::Text(text.cut(|text| &text[from..to])));
             }
             let letters: Vec<char> = string.chars().collect();
-            Ok(Value::owned(indices(first, last, step).map(|index| letters[index]).collect()))
+            let chosen = indices(first, last, step).map(|index| letters[index]).collect();
+            Ok(Value::Text(Origin::of_text(text).mark(chosen)))
         }
         Value::Sequence(kind, items) if *kind != SequenceKind::View => {
             let (first, last) = resolve(start, stop, step, items.len());

@@ -12,11 +12,12 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::origin::push_stretch;
 use super::sink::{Sink, Visit};
 use super::spans::followed_by_another;
 use super::trace::{Guard, Trace, View};
 use super::value::{Items, Text};
-use super::{ChatTemplate, input};
+use super::{ChatTemplate, Rendered, input};
 use crate::conversation::{Conversation, Message, Role};
 use crate::json::Data;
 
@@ -66,13 +67,7 @@ enum Step {
 
 impl Plans {
     /// Renders by plan, if there is one.
-    pub fn render(
-        &mut self,
-        identity: &Arc<()>,
-        conversation: &Conversation<'_>,
-        text: &mut String,
-        spans: &mut Vec<Range<usize>>,
-    ) -> bool {
+    pub fn render(&mut self, identity: &Arc<()>, conversation: &Conversation<'_>, out: &mut Rendered) -> bool {
         if !self.template.as_ref().is_some_and(|known| Arc::ptr_eq(known, identity)) {
             *self = Self { template: Some(identity.clone()), ..Self::default() };
         }
@@ -83,7 +78,7 @@ impl Plans {
         let Some(shape) = self.shapes.get(&*self.shape) else { return false };
         match shape.plans.iter().find(|plan| plan.fits(conversation)) {
             Some(plan) => {
-                plan.write(conversation, text, spans);
+                plan.write(conversation, out);
                 true
             }
             None => false,
@@ -143,12 +138,17 @@ impl Plan {
         self.guards.iter().all(|guard| guard.holds(field(conversation, guard.field())))
     }
 
-    fn write(&self, conversation: &Conversation<'_>, text: &mut String, spans: &mut Vec<Range<usize>>) {
+    fn write(&self, conversation: &Conversation<'_>, out: &mut Rendered) {
+        let Rendered { text, spans, stretches, .. } = out;
         let mut start = 0;
         for step in &self.steps {
             match step {
                 Step::Constant(constant) => text.push_str(constant),
-                Step::Field(view) => text.push_str(view.of(field(conversation, view.field))),
+                Step::Field(view) => {
+                    let start = text.len();
+                    text.push_str(view.of(field(conversation, view.field)));
+                    push_stretch(stretches, start..text.len(), false);
+                }
                 Step::Begin => start = text.len(),
                 Step::End if start < text.len() => spans.push(start..text.len()),
                 Step::End => {}
@@ -303,6 +303,8 @@ fn steps(parts: &[Text<'_>], spans: &[(Position, Position)]) -> Option<Vec<Step>
             steps.push(step);
         }
         match (text, parts.get(index)) {
+            // A constant with a part that is not the template's: a name of a field, which few templates print.
+            (Some(_), Some(Text::Record(_) | Text::Made(_))) => return None,
             (Some(text), _) => constant.push_str(text.get(written..)?),
             (None, Some(Text::Traced(traced))) => {
                 flush(&mut constant, &mut steps);

@@ -2,13 +2,15 @@
 
 use std::ops::Range;
 
+use super::origin::Made;
 use super::value::Text;
+use crate::tokenize::control::Stretch;
 
 /// Where the text goes.
 #[derive(Debug)]
 pub(super) enum Sink<'a> {
-    /// Kept.
-    Collect(String),
+    /// Kept, with where it comes from.
+    Collect(Made),
     /// Compared with another text.
     Compare(Difference<'a>),
     /// Recorded, one text for each that was written; positions in it are numbers of texts.
@@ -25,10 +27,17 @@ pub(super) struct Difference<'a> {
 }
 
 impl<'a> Sink<'a> {
+    /// A sink that keeps the text, in memory that is used again.
+    pub fn collect(mut text: String, mut stretches: Vec<Stretch>) -> Self {
+        text.clear();
+        stretches.clear();
+        Self::Collect(Made { text, stretches })
+    }
+
     /// The text that was kept.
-    pub fn into_text(self) -> String {
+    pub fn into_made(self) -> Made {
         match self {
-            Self::Collect(text) => text,
+            Self::Collect(made) => made,
             _ => unreachable!("the run was not asked to keep its text"),
         }
     }
@@ -53,7 +62,7 @@ impl<'a> Sink<'a> {
     pub fn capture(&self) -> Self {
         match self {
             Self::Record(_) => Self::Record(Vec::new()),
-            _ => Self::Collect(String::new()),
+            _ => Self::Collect(Made::default()),
         }
     }
 
@@ -61,13 +70,13 @@ impl<'a> Sink<'a> {
     pub fn into_captured(self) -> Text<'a> {
         match self {
             Self::Record(parts) => Text::join(parts),
-            captured => Text::Shared(captured.into_text().into()),
+            captured => captured.into_made().into_text(),
         }
     }
 
     pub fn write(&mut self, text: &Text<'a>) {
         match self {
-            Self::Collect(out) => out.push_str(text.as_str()),
+            Self::Collect(made) => made.push(text),
             Self::Compare(difference) => difference.write(text.as_str().as_bytes()),
             Self::Record(parts) => match text {
                 Text::Joined(joined) => joined.parts.iter().for_each(|part| self.write(part)),
@@ -80,7 +89,7 @@ impl<'a> Sink<'a> {
     /// How much was written: bytes, or texts where they are recorded.
     pub fn length(&self) -> usize {
         match self {
-            Self::Collect(out) => out.len(),
+            Self::Collect(made) => made.text.len(),
             Self::Compare(difference) => difference.common + difference.rest.len(),
             Self::Record(parts) => parts.len(),
         }

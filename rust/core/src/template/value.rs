@@ -7,8 +7,10 @@ use std::rc::Rc;
 
 use super::ast::Function;
 use super::failure::{Eval, impossible};
+use super::origin::{Made, Origin};
 use super::python::{write_float, write_repr};
 use super::trace::{Question, Trace, Traced};
+use crate::conversation::Role;
 use crate::json::{self, Data, Member};
 
 /// How deep lists and dicts made by a template may nest, on top of what JSON allows; bounds all recursion over values.
@@ -52,8 +54,14 @@ pub(super) enum SequenceKind {
 /// A string.
 #[derive(Clone, Debug)]
 pub(super) enum Text<'a> {
+    /// A text of the template.
     Borrowed(&'a str),
+    /// Made of the template's texts alone.
     Shared(Rc<str>),
+    /// A text of the record, or a part of one.
+    Record(&'a str),
+    /// Made of texts, some of them of the record.
+    Made(Rc<Made>),
     /// A text of the record in a traced run.
     Traced(Rc<Traced<'a>>),
     /// Texts joined in a traced run, some of them traced.
@@ -103,8 +111,9 @@ impl<'a> Text<'a> {
     /// The characters; to look at those of a traced text spoils its trace.
     pub fn as_str(&self) -> &str {
         match self {
-            Self::Borrowed(text) => text,
+            Self::Borrowed(text) | Self::Record(text) => text,
             Self::Shared(text) => text,
+            Self::Made(made) => &made.text,
             Self::Traced(traced) => {
                 traced.trace.spoil();
                 traced.text
@@ -119,8 +128,9 @@ impl<'a> Text<'a> {
     /// The characters, if they are not traced.
     pub fn plain(&self) -> Option<&str> {
         match self {
-            Self::Borrowed(text) => Some(text),
+            Self::Borrowed(text) | Self::Record(text) => Some(text),
             Self::Shared(text) => Some(text),
+            Self::Made(made) => Some(&made.text),
             Self::Traced(_) | Self::Joined(_) => None,
         }
     }
@@ -157,22 +167,26 @@ impl<'a> Text<'a> {
             Self::Joined(joined) => Some(joined.trace),
             _ => None,
         });
+        let Some(trace) = trace else {
+            let mut made = Made::default();
+            parts.iter().for_each(|part| made.push(part));
+            return made.into_text();
+        };
         let whole = parts.iter().map(|part| match part {
             Self::Traced(traced) => traced.text,
             Self::Joined(joined) => &joined.whole,
             part => part.as_str(),
         });
         let whole = whole.collect::<String>();
-        match trace {
-            Some(trace) => Self::Joined(Rc::new(Joined { parts, whole, trace })),
-            None => Self::Shared(whole.into()),
-        }
+        Self::Joined(Rc::new(Joined { parts, whole, trace }))
     }
 
     /// The part that `cut` chooses; copies only what the template made.
     pub fn cut(&self, cut: impl for<'t> FnOnce(&'t str) -> &'t str) -> Self {
         match self {
             Self::Borrowed(text) => Self::Borrowed(cut(text)),
+            Self::Record(text) => Self::Record(cut(text)),
+            Self::Made(made) => made.part(cut(&made.text)),
             _ => {
                 let text = self.as_str();
                 let part = cut(text);
@@ -231,9 +245,7 @@ impl<'a> Dict<'a> {
     /// The value under a text.
     pub fn get(&self, key: &str) -> Option<Value<'a>> {
         match self {
-            Self::Json(members) => {
-                members.iter().find(|member| member.key == key).map(|member| Value::from_json(&member.value))
-            }
+            Self::Json(members) => members.iter().find(|member| member.key == key).map(Value::of_member),
             Self::Shared(pairs) => {
                 pairs.data.iter().find(|(found, _)| found.as_str() == Some(key)).map(|(_, value)| value.clone())
             }
@@ -244,7 +256,7 @@ impl<'a> Dict<'a> {
         (0..self.len()).map(|index| match self {
             Self::Json(members) => {
                 let member = &members[index];
-                (Value::text(&member.key), Value::from_json(&member.value))
+                (Value::record(&member.key), Value::of_member(member))
             }
             Self::Shared(pairs) => pairs.data[index].clone(),
         })
@@ -259,16 +271,32 @@ impl<'a> Value<'a> {
             Data::Bool(flag) => Self::Bool(*flag),
             Data::Number(text) if text.contains(['.', 'e', 'E']) => Self::Float(text.parse().unwrap_or(f64::NAN)),
             Data::Number(text) => Self::Int(text.parse().unwrap_or_default()),
-            Data::String(text) => Self::text(text),
+            Data::String(text) => Self::record(text),
             Data::Array(values) => Self::Sequence(SequenceKind::List, Items::Json(values)),
             Data::Object(members) => Self::Dict(Dict::Json(members)),
         }
     }
 
+    /// The value of a member of the record. The name of a role under the key `role` is the template's word, not the
+    /// record's: there are five of them.
+    pub fn of_member(member: &'a Member<'a>) -> Self {
+        match &member.value.data {
+            Data::String(text) if member.key == "role" && Role::named(text).is_some() => Self::text(text),
+            _ => Self::from_json(&member.value),
+        }
+    }
+
+    /// A text of the record.
+    pub fn record(text: &'a str) -> Self {
+        Self::Text(Text::Record(text))
+    }
+
+    /// A text of the template.
     pub fn text(text: &'a str) -> Self {
         Self::Text(Text::Borrowed(text))
     }
 
+    /// A text made of the template's texts alone; see [`Origin::mark`] for others.
     pub fn owned(text: String) -> Self {
         Self::Text(Text::Shared(text.into()))
     }
@@ -379,10 +407,10 @@ impl<'a> Value<'a> {
         let values = match self {
             Self::Sequence(_, items) => return Ok(items.clone()),
             Self::Undefined(_) => Vec::new(),
-            Self::Text(Text::Borrowed(text)) => {
-                text.char_indices().map(|(at, letter)| Self::text(&text[at..at + letter.len_utf8()])).collect()
+            Self::Text(text) => {
+                let letters = text.as_str().char_indices();
+                letters.map(|(at, letter)| Self::Text(text.cut(|text| &text[at..at + letter.len_utf8()]))).collect()
             }
-            Self::Text(text) => text.as_str().chars().map(|letter| Self::owned(letter.into())).collect(),
             Self::Dict(dict) => dict.pairs().map(|(key, _)| key).collect(),
             Self::Generator(values) => values.borrow_mut().drain(..).collect(),
             _ => return impossible(format!("can't iterate over a {}", self.type_name())),
@@ -412,7 +440,7 @@ impl<'a> Value<'a> {
             _ => {
                 let mut out = String::new();
                 self.write(&mut out)?;
-                Ok(Text::Shared(out.into()))
+                Ok(Origin::of(self).mark(out))
             }
         }
     }

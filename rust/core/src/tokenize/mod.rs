@@ -4,12 +4,14 @@
 //! are two engines: [`fast`], for byte-level BPE that it understands in every part, and [`reference`], the `tokenizers`
 //! crate, for everything else. They give the same tokens.
 
+pub mod control;
 pub mod fast;
 pub mod reference;
 
 use std::ops::Range;
 use std::path::Path;
 
+use control::{ControlTokens, Stretch};
 use fast::{FastTokenizer, Mark, Scratch};
 use reference::ReferenceTokenizer;
 
@@ -26,6 +28,9 @@ pub trait Tokenizer: Send + Sync {
     /// The id of a token by its text, added tokens included.
     fn token_to_id(&self, token: &str) -> Option<u32>;
 
+    /// The tokens that text of a record must not become.
+    fn control_tokens(&self) -> &ControlTokens;
+
     /// Why this is not the fast engine, where it is not.
     fn why_not_fast(&self) -> Option<&str>;
 }
@@ -39,18 +44,33 @@ pub struct Tokens {
     pub runs: Vec<Range<u32>>,
 }
 
+/// A text to be encoded. All ranges are bytes of the text, ascending and disjoint.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Input<'a> {
+    /// The text.
+    pub text: &'a str,
+    /// What of it is trained on.
+    pub spans: &'a [Range<usize>],
+    /// What of it is ordinary text though it spells added tokens.
+    pub plain: &'a [Range<usize>],
+    /// What of it must not become a control token in any way; empty where nobody minds.
+    pub stretches: &'a [Stretch],
+}
+
 /// Encodes texts, one after the other.
 pub trait Encode {
-    /// Replaces `tokens` with those of `text`, without special tokens around it; added tokens inside the text are
-    /// recognised. The ids are those of `tokenizers` 0.23, `encode(text, add_special_tokens=False)`.
+    /// Replaces `tokens` with those of a text, without special tokens around it; added tokens inside the text are
+    /// recognised but where it is plain. With nothing plain the ids are those of `tokenizers` 0.23,
+    /// `encode(text, add_special_tokens=False)`.
     ///
-    /// The runs are the tokens that lie in `spans`: those that cover at least one byte of a span, the rule of
+    /// The runs are the tokens that lie in the spans: those that cover at least one byte of a span, the rule of
     /// `return_assistant_tokens_mask` in `transformers`. A token that reaches over the border of an answer has to be
-    /// produced to begin or end that answer. `spans` are ascending and disjoint byte ranges of the text.
+    /// produced to begin or end that answer.
     ///
     /// # Errors
-    /// [`ErrorKind::EncodeFailed`] where the tokenizer can't represent the text.
-    fn encode(&mut self, text: &str, spans: &[Range<usize>], tokens: &mut Tokens) -> Result<()>;
+    /// [`ErrorKind::EncodeFailed`] where the tokenizer can't represent the text, [`ErrorKind::ControlText`] where it would
+    /// make a control token of a stretch after all.
+    fn encode(&mut self, input: Input<'_>, tokens: &mut Tokens) -> Result<()>;
 }
 
 /// Loads `tokenizer.json` of a model directory.
@@ -88,6 +108,10 @@ impl Tokenizer for FastTokenizer {
         self.token_to_id(token)
     }
 
+    fn control_tokens(&self) -> &ControlTokens {
+        self.control_tokens()
+    }
+
     fn why_not_fast(&self) -> Option<&str> {
         None
     }
@@ -101,15 +125,15 @@ struct FastEncoder<'a> {
 }
 
 impl Encode for FastEncoder<'_> {
-    fn encode(&mut self, text: &str, spans: &[Range<usize>], tokens: &mut Tokens) -> Result<()> {
+    fn encode(&mut self, input: Input<'_>, tokens: &mut Tokens) -> Result<()> {
         let Tokens { ids, runs } = tokens;
         ids.clear();
         runs.clear();
         self.places.clear();
         self.marks.clear();
-        let spans = spans.iter().filter(|span| !span.is_empty());
+        let spans = input.spans.iter().filter(|span| !span.is_empty());
         self.places.extend(spans.flat_map(|span| [span.start, span.end]));
-        self.tokenizer.encode_marks(text, &self.places, &mut self.scratch, ids, &mut self.marks);
+        self.tokenizer.encode_marks(input.text, &self.places, input.plain, &mut self.scratch, ids, &mut self.marks);
         for marks in self.marks.chunks_exact(2) {
             let run = marks[0].token as u32..marks[1].as_end() as u32;
             match runs.last_mut() {

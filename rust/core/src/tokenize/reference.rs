@@ -2,13 +2,22 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::OnceLock;
 
-use super::{Encode, Tokenizer, Tokens};
+use tokenizers::AddedToken;
+
+use super::control::{ControlTokens, is_control};
+use super::{Encode, Input, Tokenizer, Tokens};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Any tokenizer that Hugging Face's `tokenizers` can load.
 pub struct ReferenceTokenizer {
     inner: tokenizers::Tokenizer,
+    /// The same, but for control tokens in the text, which it does not recognise.
+    plain: OnceLock<tokenizers::Tokenizer>,
+    control: ControlTokens,
+    control_tokens: Vec<AddedToken>,
+    control_ids: Vec<u32>,
     vocab_size: u32,
     why_not_fast: String,
 }
@@ -26,13 +35,34 @@ impl ReferenceTokenizer {
         inner.with_padding(None);
         let largest = inner.get_vocab(true).into_values().max();
         let vocab_size = largest.and_then(|id| id.checked_add(1)).ok_or_else(|| refuse(&"its vocabulary is empty"))?;
-        Ok(Self { inner, vocab_size, why_not_fast })
+        let added = inner.get_added_tokens_decoder().into_iter();
+        let (control_ids, control_tokens): (Vec<_>, Vec<_>) =
+            added.filter(|(_, token)| is_control(&token.content, token.special)).unzip();
+        let control = ControlTokens::new(control_tokens.iter().map(|token| &*token.content));
+        Ok(Self { inner, plain: OnceLock::new(), control, control_tokens, control_ids, vocab_size, why_not_fast })
+    }
+
+    /// The tokenizer that recognises no control token.
+    fn plain(&self) -> &tokenizers::Tokenizer {
+        self.plain.get_or_init(|| {
+            let mut plain = self.inner.clone();
+            let special: Vec<_> = self.control_tokens.iter().map(|token| token.clone().special(true)).collect();
+            plain.add_special_tokens(special).expect("every token is there already");
+            plain.set_encode_special_tokens(true);
+            plain
+        })
+    }
+
+    /// Does it treat the first word of a text in another way than words behind added tokens?
+    fn marks_the_first_word(&self) -> bool {
+        let rules = serde_json::to_string(&self.inner.get_pre_tokenizer()).unwrap_or_default();
+        rules.contains("\"prepend_scheme\":\"first\"")
     }
 }
 
 impl Tokenizer for ReferenceTokenizer {
     fn encoder(&self) -> Box<dyn Encode + '_> {
-        Box::new(ReferenceEncoder(&self.inner))
+        Box::new(ReferenceEncoder { tokenizer: self, offsets: Vec::new() })
     }
 
     fn vocab_size(&self) -> u32 {
@@ -43,23 +73,91 @@ impl Tokenizer for ReferenceTokenizer {
         self.inner.token_to_id(token)
     }
 
+    fn control_tokens(&self) -> &ControlTokens {
+        &self.control
+    }
+
     fn why_not_fast(&self) -> Option<&str> {
         Some(&self.why_not_fast)
     }
 }
 
-struct ReferenceEncoder<'a>(&'a tokenizers::Tokenizer);
+struct ReferenceEncoder<'a> {
+    tokenizer: &'a ReferenceTokenizer,
+    offsets: Vec<(usize, usize)>,
+}
 
 impl Encode for ReferenceEncoder<'_> {
-    fn encode(&mut self, text: &str, spans: &[Range<usize>], tokens: &mut Tokens) -> Result<()> {
-        let encoding = self.0.encode(text, false).map_err(|error| {
-            Error::new(ErrorKind::EncodeFailed, format!("the tokenizer can't encode the text: {error}"))
-        })?;
+    fn encode(&mut self, input: Input<'_>, tokens: &mut Tokens) -> Result<()> {
+        let Self { tokenizer, offsets } = self;
+        let control_ids = &tokenizer.control_ids;
         tokens.ids.clear();
-        tokens.ids.extend_from_slice(encoding.get_ids());
-        label_runs(encoding.get_offsets(), spans, &mut tokens.runs);
+        offsets.clear();
+        append(&tokenizer.inner, input.text, 0, &mut tokens.ids, offsets)?;
+        let touches = |(start, end): (usize, usize), range: &Range<usize>| start < range.end && range.start < end;
+        if !input.plain.is_empty() {
+            if tokenizer.marks_the_first_word() {
+                let message = "this tokenizer can't encode a control token in a text as ordinary text";
+                return Err(
+                    Error::new(ErrorKind::ControlText, message).with_hint("choose control_tokens=allow or reject")
+                );
+            }
+            // The template's own control tokens stay; what lies between them is encoded on its own, as `tokenizers` does.
+            let found = tokens.ids.iter().copied().zip(offsets.iter().copied());
+            let is_templates = |(id, place): &(u32, (usize, usize))| {
+                control_ids.contains(id) && !input.plain.iter().any(|range| touches(*place, range))
+            };
+            let kept: Vec<_> = found.filter(is_templates).collect();
+            tokens.ids.clear();
+            offsets.clear();
+            let mut done = 0;
+            for (id, (start, end)) in kept {
+                append(tokenizer.plain(), &input.text[done..start], done, &mut tokens.ids, offsets)?;
+                tokens.ids.push(id);
+                offsets.push((start, end));
+                done = end;
+            }
+            append(tokenizer.plain(), &input.text[done..], done, &mut tokens.ids, offsets)?;
+        }
+        // The model's vocabulary may hold a control token, and a normaliser may make one of a text that does not spell it.
+        let is_spelt = |id: u32, (start, end): (usize, usize)| {
+            tokenizer.inner.id_to_token(id).as_deref() == Some(input.text[start..end].trim())
+        };
+        let is_plain = |place: (usize, usize)| input.plain.iter().any(|range| touches(place, range));
+        let mut stretches = input.stretches.iter().peekable();
+        for (id, place) in tokens.ids.iter().zip(offsets.iter()) {
+            while stretches.next_if(|stretch| stretch.range.end <= place.0).is_some() {}
+            let Some(stretch) = stretches.peek() else { break };
+            let is_control = touches(*place, &stretch.range) && control_ids.contains(id);
+            if is_control && (is_plain(*place) || !is_spelt(*id, *place)) {
+                let text = &input.text[place.0..place.1];
+                let message =
+                    format!("expected ordinary text, found {text:?}, of which the tokenizer makes a control token");
+                return Err(Error::new(ErrorKind::ControlText, message).with_hint("choose control_tokens=allow"));
+            }
+        }
+        label_runs(offsets, input.spans, &mut tokens.runs);
         Ok(())
     }
+}
+
+/// Appends the tokens of `text`, which stands at byte `base` of the whole.
+fn append(
+    tokenizer: &tokenizers::Tokenizer,
+    text: &str,
+    base: usize,
+    ids: &mut Vec<u32>,
+    offsets: &mut Vec<(usize, usize)>,
+) -> Result<()> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    let encoding = tokenizer.encode(text, false).map_err(|error| {
+        Error::new(ErrorKind::EncodeFailed, format!("the tokenizer can't encode the text: {error}"))
+    })?;
+    ids.extend_from_slice(encoding.get_ids());
+    offsets.extend(encoding.get_offsets().iter().map(|(start, end)| (base + start, base + end)));
+    Ok(())
 }
 
 /// The runs of tokens that touch `spans`; `offsets` are the bytes that each token covers.

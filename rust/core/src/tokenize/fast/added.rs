@@ -73,9 +73,11 @@ impl AddedTokens {
     }
 
     /// Calls `take` with each piece of `text`, in order; together they make up `text` and none is empty.
-    pub fn split(&self, text: &str, mut take: impl FnMut(Piece)) {
+    ///
+    /// No token is found that has a byte in one of the `plain` ranges (ascending, disjoint).
+    pub fn split(&self, text: &str, plain: &[Range<usize>], mut take: impl FnMut(Piece)) {
         let (mut done, mut i) = (0, 0);
-        while let Some((found, token)) = self.find(text.as_bytes(), i) {
+        while let Some((found, token)) = self.find(text.as_bytes(), i, plain) {
             i = found.end;
             let Range { mut start, mut end } = found;
             if token.single_word
@@ -102,7 +104,7 @@ impl AddedTokens {
     }
 
     /// The leftmost longest token at or after `i`.
-    fn find(&self, text: &[u8], mut i: usize) -> Option<(Range<usize>, &AddedToken)> {
+    pub fn find(&self, text: &[u8], mut i: usize, plain: &[Range<usize>]) -> Option<(Range<usize>, &AddedToken)> {
         loop {
             i += self.find_first_byte(&text[i..])?;
             if let [first, second, ..] = text[i..]
@@ -111,7 +113,13 @@ impl AddedTokens {
                 i += 1;
                 continue;
             }
-            if let Some((len, token)) = self.longest(&text[i..]) {
+            let next_plain = plain.iter().find(|range| range.end > i);
+            if let Some(range) = next_plain.filter(|range| range.start <= i) {
+                i = range.end.min(text.len());
+                continue;
+            }
+            let limit = next_plain.map_or(text.len(), |range| range.start);
+            if let Some((len, token)) = self.longest(&text[i..limit]) {
                 return Some((i..i + len, token));
             }
             i += 1;

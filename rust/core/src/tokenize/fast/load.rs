@@ -4,6 +4,7 @@
 //! Left aside on purpose: the decoder, padding and truncation (no part in encoding a text), and a post-processor of the kinds that
 //! only add special tokens or trim offsets (the engine adds none).
 
+use super::super::control::{ControlTokens, is_control};
 use super::added::{AddedToken, AddedTokens};
 use super::bpe::{self, LEFT_OUT, Merges};
 use super::classes::{ClassTable, Flags, LETTER, MARK};
@@ -41,6 +42,7 @@ fn refuse<T>(reason: impl Into<String>) -> Result<T> {
 pub struct Parts {
     pub raw_added: AddedTokens,
     pub normalized_added: AddedTokens,
+    pub control: ControlTokens,
     pub nfc: Option<Nfc>,
     pub pretokenizer: PreTokenizer,
     pub merges: Merges,
@@ -75,6 +77,8 @@ struct JsonAddedToken {
     lstrip: bool,
     rstrip: bool,
     normalized: bool,
+    #[serde(default)]
+    special: bool,
 }
 
 /// Of a model of any type, only that.
@@ -171,11 +175,22 @@ pub fn load(json: &[u8]) -> Result<Parts> {
             named.insert(token.to_string(), *id);
         }
     }
+    let control: Vec<&JsonAddedToken> =
+        file.added_tokens.iter().filter(|token| is_control(&token.content, token.special)).collect();
+    // NFC makes these of other characters, so that a token could come of a text that does not spell it.
+    let is_made_by_nfc = |letter: char| !letter.is_ascii() || matches!(letter, 'K' | ';' | '`');
+    let is_hidden = |token: &&&JsonAddedToken| token.normalized && token.content.contains(is_made_by_nfc);
+    if nfc.is_some()
+        && let Some(token) = control.iter().find(is_hidden)
+    {
+        return refuse(format!("added_tokens: {:?} is looked for in normalised text", token.content));
+    }
+    let control = ControlTokens::new(control.into_iter().map(|token| &*token.content));
     let added = added_tokens(file.added_tokens, &model.vocab);
     named.extend(added.iter().map(|(token, _)| (token.content.clone(), token.id)));
     let (raw_added, normalized_added) = finders(added, nfc.as_ref())?;
     let ignore_merges = model.ignore_merges == Some(true);
-    Ok(Parts { raw_added, normalized_added, nfc, pretokenizer, merges, vocab, ignore_merges, lengths, named })
+    Ok(Parts { raw_added, normalized_added, control, nfc, pretokenizer, merges, vocab, ignore_merges, lengths, named })
 }
 
 fn type_of<'a>(part: &'a Value, place: &str) -> Result<&'a str> {

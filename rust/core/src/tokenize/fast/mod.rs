@@ -10,7 +10,7 @@
 //!
 //! [`load`] reads a tokenizer.json and refuses one that has anything else in it.
 
-mod added;
+pub(super) mod added;
 mod bpe;
 mod cache;
 mod classes;
@@ -28,6 +28,7 @@ mod windows;
 
 pub use load::NotUnderstood;
 
+use super::control::ControlTokens;
 use added::Piece;
 use cache::{Cache, Found, Key, MAX_IDS};
 use std::ops::Range;
@@ -128,9 +129,14 @@ impl FastTokenizer {
         })
     }
 
+    /// The tokens that text of a record must not become.
+    pub fn control_tokens(&self) -> &ControlTokens {
+        &self.parts.control
+    }
+
     /// Appends the ids of `text` to `ids`.
     pub fn encode(&self, text: &str, scratch: &mut Scratch, ids: &mut Vec<u32>) {
-        self.encode_marks(text, &[], scratch, ids, &mut Vec::new());
+        self.encode_marks(text, &[], &[], scratch, ids, &mut Vec::new());
     }
 
     /// Into how many pretokens a text without added tokens is cut; for measuring.
@@ -149,11 +155,13 @@ impl FastTokenizer {
     }
 
     /// Appends the ids of `text` to `ids`, and to `marks` one mark for each of `places` (bytes, ascending, at most the length
-    /// of the text, not within characters).
+    /// of the text, not within characters). No added token is recognised that has a byte in one of the `plain` ranges (bytes,
+    /// ascending, disjoint).
     pub fn encode_marks(
         &self,
         text: &str,
         places: &[usize],
+        plain: &[Range<usize>],
         scratch: &mut Scratch,
         ids: &mut Vec<u32>,
         marks: &mut Vec<Mark>,
@@ -165,7 +173,7 @@ impl FastTokenizer {
         }
         let cache = cache.get_or_insert_with(|| Cache::new(*cache_bytes));
         let mut run = Run { parts: &self.parts, cache, work, ids, marker: Marker { places, marks } };
-        run.text(text);
+        run.text(text, plain);
         let end = run.ids.len();
         run.marker.at_end(end);
     }
@@ -205,11 +213,11 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn text(&mut self, text: &str) {
+    fn text(&mut self, text: &str, plain: &[Range<usize>]) {
         let parts = self.parts;
-        parts.raw_added.split(text, |piece| match piece {
+        parts.raw_added.split(text, plain, |piece| match piece {
             Piece::Token { id, range } => self.added(id, range),
-            Piece::Text(range) => self.between(&text[range.clone()], range.start),
+            Piece::Text(range) => self.between(&text[range.clone()], range.start, plain),
         });
     }
 
@@ -223,9 +231,9 @@ impl Run<'_> {
     }
 
     /// Text between added tokens, before normalisation; `base` is where it starts.
-    fn between(&mut self, text: &str, base: usize) {
+    fn between(&mut self, text: &str, base: usize, plain: &[Range<usize>]) {
         let Some(normalized) = self.parts.nfc.as_ref().and_then(|nfc| nfc.normalize(text)) else {
-            return self.normalized(text, base);
+            return self.normalized(text, base, &within(plain, base..base + text.len(), |at| at - base));
         };
         // NFC changed something: the normalised text is encoded as a text of its own, with the places led there.
         let here = self.marker.places.partition_point(|place| *place < base + text.len());
@@ -233,15 +241,16 @@ impl Run<'_> {
         let places: Vec<usize> = places.iter().map(|place| normalized.place(place - base)).collect();
         let marker = Marker { places: &places, marks: self.marker.marks };
         let mut inner = Run { parts: self.parts, cache: self.cache, work: self.work, ids: self.ids, marker };
-        inner.normalized(&normalized.text, 0);
+        let plain = within(plain, base..base + text.len(), |at| normalized.place(at - base));
+        inner.normalized(&normalized.text, 0, &plain);
         let end = inner.ids.len();
         inner.marker.at_end(end);
         self.marker.places = later;
     }
 
     /// Text between added tokens, normalised.
-    fn normalized(&mut self, text: &str, base: usize) {
-        self.parts.normalized_added.split(text, |piece| match piece {
+    fn normalized(&mut self, text: &str, base: usize, plain: &[Range<usize>]) {
+        self.parts.normalized_added.split(text, plain, |piece| match piece {
             Piece::Token { id, range } => self.added(id, base + range.start..base + range.end),
             Piece::Text(range) => self.pretokens(text[range.clone()].as_bytes(), base + range.start),
         });
@@ -351,4 +360,10 @@ impl load::Parts {
         let kept = text[start..].iter().enumerate().filter(|(_, byte)| self.merges.keeps(**byte));
         kept.take(len).last().map_or(start, |(i, _)| start + i + 1)
     }
+}
+
+/// The parts of `plain` that lie in `range`, led to other places.
+fn within(plain: &[Range<usize>], range: Range<usize>, place: impl Fn(usize) -> usize) -> Vec<Range<usize>> {
+    let overlapping = plain.iter().filter(|plain| plain.start < range.end && range.start < plain.end);
+    overlapping.map(|plain| place(plain.start.max(range.start))..place(plain.end.min(range.end))).collect()
 }

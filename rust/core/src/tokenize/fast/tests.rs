@@ -2,10 +2,12 @@
 
 use super::families::{FRAGMENTS, SAMPLE, VARIANTS, families, tokenizer_json};
 use super::{FastTokenizer, Scratch};
-use crate::tokenize::reference::label_runs;
-use crate::tokenize::{Tokenizer as _, Tokens};
+use crate::tokenize::control::{Stretch, is_control};
+use crate::tokenize::reference::{ReferenceTokenizer, label_runs};
+use crate::tokenize::{Input, Tokenizer as _, Tokens};
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use std::path::Path;
 use std::sync::LazyLock;
 use tokenizers::Tokenizer;
 
@@ -13,6 +15,8 @@ struct Pair {
     name: String,
     fast: FastTokenizer,
     reference: Tokenizer,
+    /// The other engine.
+    slow: ReferenceTokenizer,
 }
 
 static PAIRS: LazyLock<Vec<Pair>> = LazyLock::new(|| {
@@ -22,7 +26,8 @@ static PAIRS: LazyLock<Vec<Pair>> = LazyLock::new(|| {
             let json = tokenizer_json(&pre_tokenizer, variant);
             let fast = FastTokenizer::from_json(json.as_bytes()).unwrap_or_else(|reason| panic!("{family}: {reason}"));
             let reference = Tokenizer::from_bytes(json.as_bytes()).unwrap();
-            pairs.push(Pair { name: format!("{family} {variant:?}"), fast, reference });
+            let slow = ReferenceTokenizer::from_json(json.as_bytes(), Path::new(""), String::new()).unwrap();
+            pairs.push(Pair { name: format!("{family} {variant:?}"), fast, reference, slow });
         }
     }
     pairs
@@ -44,7 +49,7 @@ proptest! {
     /// Ids are those of `tokenizers`, whatever the text, the family and what the cache has seen before.
     #[test]
     fn ids_equal_the_reference(texts in proptest::collection::vec(text(), 1..4)) {
-        for Pair { name, fast, reference } in PAIRS.iter() {
+        for Pair { name, fast, reference, .. } in PAIRS.iter() {
             let mut scratch = Scratch::with_cache_bytes(4096);
             for text in &texts {
                 let mut ids = Vec::new();
@@ -61,11 +66,50 @@ proptest! {
     fn label_runs_equal_the_reference(text in text(), cuts in proptest::collection::btree_set(0..200usize, 2..9)) {
         let cuts: Vec<usize> = cuts.into_iter().filter(|cut| text.is_char_boundary(*cut)).collect();
         let spans: Vec<_> = cuts.chunks_exact(2).map(|pair| pair[0]..pair[1]).collect();
-        for Pair { name, fast, reference } in PAIRS.iter().filter(|pair| pair.name.contains("without_some_bytes: false")) {
+        let is_whole = |pair: &&Pair| pair.name.contains("without_some_bytes: false");
+        for Pair { name, fast, reference, .. } in PAIRS.iter().filter(is_whole) {
             let (mut tokens, mut expected) = (Tokens::default(), Vec::new());
-            fast.encoder().encode(&text, &spans, &mut tokens).unwrap();
+            fast.encoder().encode(Input { text: &text, spans: &spans, ..Input::default() }, &mut tokens).unwrap();
             label_runs(reference.encode(text.as_str(), false).unwrap().get_offsets(), &spans, &mut expected);
             prop_assert_eq!(&expected, &tokens.runs, "{} {:?} {:?}", name, text, &spans);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: num_cases(), ..Default::default() })]
+
+    /// Text that spells control tokens is encoded as ordinary text by both engines alike, wherever the record has it; the
+    /// template's own control tokens stay, and no other comes to be.
+    #[test]
+    fn control_text_is_plain_with_both_engines(text in text(), cuts in proptest::collection::btree_set(0..200usize, 2..9)) {
+        let cuts: Vec<usize> = cuts.into_iter().filter(|cut| text.is_char_boundary(*cut)).collect();
+        let stretches: Vec<_> =
+            cuts.chunks_exact(2).map(|pair| Stretch { range: pair[0]..pair[1], is_mixed: false }).collect();
+        let spans: Vec<_> = stretches.iter().map(|stretch| stretch.range.clone()).collect();
+        for Pair { name, fast, slow, reference } in PAIRS.iter() {
+            let has_all_bytes = name.contains("without_some_bytes: false");
+            let mut plain = Vec::new();
+            if fast.control_tokens().find(&text, &stretches, &mut plain).is_err() {
+                continue;
+            }
+            let input = Input { text: &text, spans: &spans, plain: &plain, stretches: &stretches };
+            let (mut found, mut expected) = (Tokens::default(), Tokens::default());
+            fast.encoder().encode(input, &mut found).unwrap();
+            slow.encoder().encode(input, &mut expected).unwrap();
+            prop_assert_eq!(&expected.ids, &found.ids, "{} {:?} {:?}", name, text, &plain);
+            prop_assert!(!has_all_bytes || expected.runs == found.runs, "{} {:?} {:?}", name, text, &plain);
+
+            let decoder = reference.get_added_tokens_decoder();
+            let is_control = |id: &&u32| decoder.get(id).is_some_and(|token| is_control(&token.content, token.special));
+            let num_kept = found.ids.iter().filter(is_control).count();
+            let whole = reference.encode(text.as_str(), false).unwrap();
+            let places = whole.get_ids().iter().zip(whole.get_offsets());
+            let is_templates = |(_, place): &(&u32, &(usize, usize))| {
+                !plain.iter().any(|range| range.start < place.1 && place.0 < range.end)
+            };
+            let expected = places.filter(|(id, _)| is_control(id)).filter(is_templates).count();
+            prop_assert_eq!(expected, num_kept, "{} {:?} {:?}", name, text, &plain);
         }
     }
 }
@@ -118,7 +162,7 @@ fn refusals_name_the_part() {
 /// Names and sizes are those of `tokenizers`.
 #[test]
 fn names_equal_the_reference() {
-    for Pair { name, fast, reference } in PAIRS.iter() {
+    for Pair { name, fast, reference, .. } in PAIRS.iter() {
         let largest = reference.get_vocab(true).into_values().max().unwrap();
         assert_eq!(largest + 1, fast.vocab_size(), "{name}");
         for (token, id) in reference.get_vocab(true) {
@@ -132,7 +176,7 @@ fn names_equal_the_reference() {
 #[test]
 fn a_scratch_may_serve_several_tokenizers() {
     let mut scratch = Scratch::default();
-    for Pair { name, fast, reference } in PAIRS.iter().chain(PAIRS.iter()) {
+    for Pair { name, fast, reference, .. } in PAIRS.iter().chain(PAIRS.iter()) {
         let mut ids = Vec::new();
         fast.encode(SAMPLE, &mut scratch, &mut ids);
         assert_eq!(reference.encode_fast(SAMPLE, false).unwrap().get_ids(), ids, "{name}");
