@@ -12,7 +12,8 @@ use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput, measurement::W
 use sft_fast_core::conversation::{Conversation, FieldMapping};
 use sft_fast_core::json;
 use sft_fast_core::model::Model;
-use sft_fast_core::shard::{ShardBuilder, TokenType};
+use sft_fast_core::shard::TokenType;
+use sft_fast_core::shard::write::{ShardIndex, ShardWriter};
 use sft_fast_core::source::{Chunk, Source};
 use sft_fast_core::template::Rendered;
 use sft_fast_core::tokenize::fast::{FastTokenizer, Scratch};
@@ -165,7 +166,7 @@ fn main() {
 
     let mut encoder = model.tokenizer.encoder();
     let mut tokens = Tokens::default();
-    bench(&mut group, "mask, warm: text and spans to ids and label runs", num_bytes, || {
+    bench(&mut group, "encode, warm, with spans: text to ids and label runs", num_bytes, || {
         for (text, spans) in &texts {
             encoder.encode(Input { text, spans, ..Input::default() }, &mut tokens).expect("any text can be encoded");
             black_box(&tokens);
@@ -179,20 +180,24 @@ fn main() {
             tokens.clone()
         })
         .collect();
-    let token_type = TokenType::for_vocab(model.tokenizer.vocab_size());
     let num_tokens: usize = samples.iter().map(|sample| sample.ids.len()).sum();
-    let num_bytes = num_tokens * if token_type == TokenType::U16 { 2 } else { 4 };
-    let collect = || {
-        let mut shard = ShardBuilder::new(token_type);
+    let index = || {
+        let mut index = ShardIndex::default();
         for (sample, line) in samples.iter().zip(1..) {
-            shard.push(&sample.ids, &sample.runs, 0, line);
+            index.push(sample.ids.len() as u32, &sample.runs, 0, line);
         }
-        shard
+        index
     };
-    bench(&mut group, "collect: ids and runs to a shard in memory", num_bytes, || drop(black_box(collect())));
-    group.bench_function("write: a shard to disk, synchronised and hashed", |bencher| {
-        let write = |shard: ShardBuilder| shard.write(scratch.path(), "shard").expect("room for a file");
-        bencher.iter_batched(collect, write, BatchSize::LargeInput);
+    bench(&mut group, "mask: label runs to bits", num_tokens / 8, || drop(black_box(index())));
+
+    let ids: Vec<u32> = samples.iter().flat_map(|sample| sample.ids.iter().copied()).collect();
+    let token_type = TokenType::for_vocab(model.tokenizer.vocab_size());
+    bench(&mut group, "write: ids and bits to a shard, hashed and on disk", 4 * num_tokens, || {
+        let directory = tempfile::tempdir_in(scratch.path()).expect("room for a directory");
+        let writer = ShardWriter::create(directory.path(), "shard".into(), token_type).expect("room for a file");
+        writer.write_tokens(0, &ids).expect("room for the tokens");
+        black_box(writer.finish(index()).expect("room for the index"));
+        writer.sync().expect("room on the disk");
     });
     group.finish();
     criterion.final_summary();

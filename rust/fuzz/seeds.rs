@@ -3,9 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use sft_fast_core::shard::{ShardBuilder, TokenType};
+use sft_fast_core::shard::TokenType;
+use sft_fast_core::shard::write::{ShardIndex, ShardWriter};
 
 #[path = "../core/src/tokenize/fast/families.rs"]
+#[allow(dead_code)]
 mod families;
 
 const RECORDS: [&str; 8] = [
@@ -37,16 +39,28 @@ fn main() -> std::io::Result<()> {
         write("engine", 3 * number + 1, &[&[number as u8, 1], &*fragments].concat())?;
         write("engine", 3 * number + 2, &[&[number as u8, 2], &*fragments].concat())?;
     }
-    let scratch = tempfile::tempdir()?;
     for (number, token_type) in [TokenType::U16, TokenType::U32].into_iter().enumerate() {
-        let mut shard = ShardBuilder::new(token_type);
-        shard.push(&[1, 2, 3], &[1..3], 0, 1);
-        shard.push(&[4, 5, 6, 7, 8, 9, 10], &[0..1, 4..7], 0, 2);
-        shard.write(scratch.path(), "shard").expect("room");
-        let bytes = fs::read(scratch.path().join("shard"))?;
-        // From the header, then claimed: 2 samples, 10 tokens.
+        let bytes = small_shard(token_type)?;
+        // The first byte is what is claimed: as in the header, then 2 samples of 10 tokens.
         write("shard", 2 * number, &[&[(number as u8) << 2 | (number as u8) << 3], &*bytes].concat())?;
         write("shard", 2 * number + 1, &[&[2 | (number as u8) << 2 | 10 << 4], &*bytes].concat())?;
     }
     Ok(())
+}
+
+/// The bytes of a shard of two samples, without the spaces that fill up its header.
+fn small_shard(token_type: TokenType) -> std::io::Result<Vec<u8>> {
+    let directory = tempfile::tempdir()?;
+    let writer = ShardWriter::create(directory.path(), "shard".into(), token_type).expect("room");
+    writer.write_tokens(0, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]).expect("room");
+    let mut index = ShardIndex::default();
+    index.push(3, &[1..3], 0, 1);
+    index.push(7, &[0..1, 4..7], 0, 2);
+    writer.finish(index).expect("room");
+    let bytes = fs::read(directory.path().join("shard"))?;
+    let (length, rest) = bytes.split_at(8);
+    let (header, tensors) = rest.split_at(u64::from_le_bytes(length.try_into().expect("8 bytes")) as usize);
+    let header = header.trim_ascii_end();
+    let filled = header.len().next_multiple_of(8);
+    Ok([&(filled as u64).to_le_bytes(), header, &vec![b' '; filled - header.len()], tensors].concat())
 }
