@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import sft_fast
-from sft_fast import lease
+from sft_fast import _core, lease
 from sft_fast.cache import CacheContent, list_cache, parse_duration, parse_size, prune_cache
 from sft_fast.errors import ConfigError, FileError
 from tests.data_helpers import contents, dump_lines, random_records, write_dataset
@@ -159,7 +159,7 @@ def test_a_damaged_dataset_is_told_and_removed(cache: Path, damage: Callable[[Pa
 def test_a_dataset_of_another_version_is_not_damaged(cache: Path) -> None:
     """A format version that we don't read is told, and goes only as a whole dataset would."""
     path = Path(list_cache(cache).datasets[0].path) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    path.write_text(path.read_text().replace(f'"format_version": {_core.FORMAT_VERSION}', '"format_version": 99'))
 
     other = next(dataset for dataset in list_cache(cache).datasets if dataset.state != "whole")
 

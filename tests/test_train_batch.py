@@ -1,15 +1,12 @@
-"""From arrays to micro-batches, and the thread that prepares them."""
+"""From arrays to micro-batches."""
 
 import itertools
-import threading
-import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from sft_fast.train.batch import IGNORED_LABEL, Prefetcher, make_micro_batch
+from sft_fast.train.batch import IGNORED_LABEL, make_micro_batch
 from tests.train_helpers import Workspace, dataset_of, samples_of, train_stream
 
 
@@ -64,60 +61,6 @@ def test_a_micro_batch_without_labels_is_one_token() -> None:
     assert batch.input_ids.tolist() == [[7]]
     assert batch.segment_lengths == (1,)
     assert batch.num_label_tokens == 0
-
-
-def test_prefetching_keeps_the_order() -> None:
-    """Items come out as they went in, and then there are no more, however often one asks."""
-    prefetcher = Prefetcher(iter(range(50)), depth=3)
-
-    assert list(prefetcher) == list(range(50))
-    assert list(prefetcher) == []
-
-
-def test_prefetching_is_bounded() -> None:
-    """The thread runs ahead by the depth (and the item in its hand) and no further."""
-    taken: list[int] = []
-
-    def items() -> Iterator[int]:
-        for number in range(100):
-            taken.append(number)
-            yield number
-
-    prefetcher = Prefetcher(items(), depth=4)
-    try:
-        deadline = time.monotonic() + 5
-        while len(taken) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.3)
-        assert len(taken) == 5
-    finally:
-        prefetcher.close()
-
-
-def test_an_error_comes_out_where_its_item_would() -> None:
-    """What went right before the error is still handed on; the error is raised in the thread that waits."""
-
-    def items() -> Iterator[int]:
-        yield 1
-        raise ValueError("broken row")
-
-    prefetcher = Prefetcher(items(), depth=2)
-
-    assert next(prefetcher) == 1
-    for _ in range(2):
-        with pytest.raises(ValueError, match="broken row"):
-            next(prefetcher)
-
-
-def test_closing_ends_the_thread() -> None:
-    """A prefetcher that is closed half way leaves no thread behind."""
-    before = threading.active_count()
-    prefetcher = Prefetcher(iter(itertools.count()), depth=2)
-    next(prefetcher)
-    prefetcher.close()
-
-    assert threading.active_count() == before
-    prefetcher.close()
 
 
 def test_ranks_share_the_rows_of_a_step(workspace: Workspace) -> None:

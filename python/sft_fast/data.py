@@ -16,7 +16,9 @@ from sft_fast._core import Progress
 from sft_fast.errors import ConfigError, FileError
 
 if TYPE_CHECKING:  # numpy is a large part of the start-up, and preprocessing needs none
+    import datasets
     import numpy as np
+    import pyarrow
     from numpy.typing import NDArray
 
 Batch = dict[str, Any]
@@ -281,6 +283,24 @@ class Dataset(Sequence[Sample]):
         """The token that fills rows."""
         return int(self.manifest["pad_token_id"])
 
+    def to_arrow(self) -> pyarrow.Table:
+        """The samples as an Arrow table, for `datasets.Dataset(table)` or any other reader; see `arrow.to_arrow`."""
+        from sft_fast import arrow
+
+        return arrow.to_arrow(self)
+
+    @classmethod
+    def from_arrow(
+        cls,
+        table: pyarrow.Table | datasets.Dataset,
+        path: str | PathLike[str],
+        **options: Any,
+    ) -> Dataset:
+        """Makes a dataset of token ids and labels that are in an Arrow table; see `arrow.from_arrow`."""
+        from sft_fast import arrow
+
+        return cls(arrow.from_arrow(table, path, **options))
+
     def pack(self, *, sequence_length: int, seed: int = 42, epoch: int = 0) -> Packing:
         """Plan packs: rows of whole samples, as full as they can be made.
 
@@ -351,14 +371,16 @@ class Packing(Sequence["NDArray[np.uint32]"]):
         rows = self._rows(rows)
         if width is None:
             width = self._core.sequence_length if self._core.is_packed else self._core.max_row_tokens(rows)
-        (input_ids, labels, position_ids), cu_seqlens, max_seqlen = self._core.batch(rows, width, shift_labels)
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "position_ids": position_ids,
-            "cu_seqlens": cu_seqlens,
-            "max_seqlen": max_seqlen,
-        }
+        return _batch(*self._core.batch(rows, width, shift_labels))
+
+    def flat_batch(self, rows: Sequence[int], *, shift_labels: bool = False) -> Batch:
+        """As `batch`, with the samples of all rows end to end in one row, int64 [1, tokens], without any padding.
+
+        Raises:
+            IndexError: There is no such row.
+            ValueError: The row would have 2^31 tokens or more.
+        """
+        return _batch(*self._core.flat_batch(self._rows(rows), shift_labels))
 
     def fill(
         self,
@@ -382,6 +404,15 @@ class Packing(Sequence["NDArray[np.uint32]"]):
 
     def _rows(self, rows: Sequence[int]) -> list[int]:
         return [_index(row, len(self)) for row in rows]
+
+
+def _batch(
+    arrays: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+    cu_seqlens: NDArray[np.int32],
+    max_seqlen: int,
+) -> Batch:
+    batch: Batch = dict(zip(("input_ids", "labels", "position_ids"), arrays, strict=True))
+    return {**batch, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
 
 
 def check_number(name: str, value: int, lowest: int, highest: int) -> None:

@@ -1,4 +1,4 @@
-"""From the arrays of one micro-batch to the tensors that a step eats, ahead of time, in a thread of its own.
+"""From the arrays of one micro-batch to the tensors that a step eats.
 
 The rows of a micro-batch are laid end to end, and every segment that has no label is left out: attention never
 crosses segments, so such a segment (padding above all) can change neither the loss nor any gradient. What remains is
@@ -7,16 +7,12 @@ one row of whole samples, and nothing is ever computed for padding.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-
-from sft_fast.errors import TrainError
 
 IGNORED_LABEL = -100
 
@@ -88,57 +84,3 @@ def make_micro_batch(arrays: Mapping[str, Any]) -> MicroBatch:
         label_positions=torch.from_numpy(label_positions),
         targets=torch.from_numpy(labels[label_positions]),
     )
-
-
-class Prefetcher:
-    """Runs an iterator in a thread, at most `depth` items ahead, and hands the items on in order.
-
-    An error in the thread is raised by the `next` that would have given the item. `close` stops the thread.
-    """
-
-    def __init__(self, items: Iterator[Any], depth: int) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(items,), name="prefetch", daemon=True)
-        self._thread.start()
-
-    def __next__(self) -> Any:
-        kind, value = self._queue.get()
-        if kind == "item":
-            return value
-        self._queue.put((kind, value))  # what ended the thread is the answer to every later call too
-        if kind == "error":
-            raise value
-        raise StopIteration
-
-    def __iter__(self) -> Prefetcher:
-        return self
-
-    def close(self) -> None:
-        """Stops the thread. Items that it had ready are dropped."""
-        self._closed.set()
-        while self._thread.is_alive():
-            # The thread may be waiting for a place in the queue.
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(timeout=0.01)
-
-    def _run(self, items: Iterator[Any]) -> None:
-        end: tuple[str, Any] = ("end", None)
-        try:
-            for item in items:
-                if not self._put(("item", item)):
-                    return
-        except BaseException as error:  # whatever it is, it belongs to the thread that waits for the item
-            end = ("error", error if isinstance(error, Exception) else TrainError(f"prefetching stopped: {error!r}"))
-        self._put(end)
-
-    def _put(self, entry: tuple[str, Any]) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False

@@ -17,8 +17,9 @@ import torch
 
 from sft_fast.data import Dataset
 from sft_fast.errors import ConfigError
+from sft_fast.prefetch import Prefetcher
 from sft_fast.stream import StepPlan, StepStream
-from sft_fast.train.batch import MicroBatch, Prefetcher, make_micro_batch
+from sft_fast.train.batch import MicroBatch, make_micro_batch
 from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, naming_a_full_disk
 from sft_fast.train.export import save_model_files, write_model
 from sft_fast.train.model import SFTModel, check_model, load_model
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 # Micro-batches that wait, ready, for the device. A few hundred kilobytes each.
 _PREFETCH_DEPTH = 8
+
+# Micro-batches of this rank, each with the plan of its step.
+_Batches = Prefetcher[tuple[StepPlan, MicroBatch]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class SFTWorker:
     _stream: StepStream
 
     def __init__(self) -> None:
-        self._prefetcher: Prefetcher | None = None
+        self._prefetcher: _Batches | None = None
         self._next_step = -1
         self._val_stream: StepStream | None = None
 
@@ -187,7 +191,7 @@ class SFTWorker:
             self._strategy.close()
             del self._strategy
 
-    def _batches_from(self, step: int) -> Prefetcher:
+    def _batches_from(self, step: int) -> _Batches:
         """The micro-batches from `step` on: those that are being prepared already, unless another step is asked for."""
         if self._prefetcher is None or self._next_step != step:
             if self._prefetcher is not None:
@@ -210,7 +214,7 @@ class SFTWorker:
 class _StepBatches:
     """The micro-batches of one step, taken from a prefetcher; keeps the time that was spent waiting."""
 
-    def __init__(self, prefetcher: Prefetcher) -> None:
+    def __init__(self, prefetcher: _Batches) -> None:
         self._prefetcher = prefetcher
         self.wait_seconds = 0.0
         self.plan, self._first = self._take()

@@ -44,7 +44,6 @@ pub fn fill(dataset: &Dataset, rows: &[&[u32]], width: usize, shift_labels: bool
     assert!(i32::try_from(num_tokens).is_ok(), "a micro-batch of {num_tokens} tokens is too large");
     assert_eq!([num_tokens; 3], [arrays.input_ids.len(), arrays.labels.len(), arrays.position_ids.len()]);
     let Arrays { input_ids, labels, position_ids } = arrays;
-    labels.fill(IGNORE_INDEX);
     let mut segments = Segments { cu_seqlens: vec![0], max_seqlen: 0, num_label_tokens: 0 };
     for (row_number, row) in rows.iter().enumerate() {
         let row_range = row_number * width..(row_number + 1) * width;
@@ -58,20 +57,33 @@ pub fn fill(dataset: &Dataset, rows: &[&[u32]], width: usize, shift_labels: bool
                 TokenIds::U16(tokens) => ids.iter_mut().zip(tokens).for_each(|(id, &token)| *id = token.into()),
                 TokenIds::U32(tokens) => ids.iter_mut().zip(tokens).for_each(|(id, &token)| *id = token.into()),
             }
-            let ids = &*ids;
-            let targets = &mut labels[range.clone()];
-            for (token, _) in sample.label_mask().enumerate().skip(1).filter(|&(_, is_label)| is_label) {
-                targets[token - usize::from(shift_labels)] = ids[token];
-                segments.num_label_tokens += 1;
-            }
+            segments.num_label_tokens +=
+                fill_labels(&mut labels[range.clone()], ids, sample.label_runs(), shift_labels);
             at = segments.close(range, position_ids);
         }
         if at < row_range.end {
             input_ids[at..row_range.end].fill(dataset.manifest().pad_token_id.into());
+            labels[at..row_range.end].fill(IGNORE_INDEX);
             segments.close(at..row_range.end, position_ids);
         }
     }
     segments
+}
+
+/// Writes the labels of one sample, whose tokens are trained on in `runs`; the number of those with a loss.
+fn fill_labels(labels: &mut [i64], ids: &[i64], runs: impl Iterator<Item = Range<usize>>, shift_labels: bool) -> u64 {
+    let shift = usize::from(shift_labels);
+    let (mut done, mut num_label_tokens) = (0, 0);
+    // Nothing predicts the first token.
+    for run in runs.map(|run| run.start.max(1)..run.end).filter(|run| !run.is_empty()) {
+        let to = run.start - shift..run.end - shift;
+        labels[done..to.start].fill(IGNORE_INDEX);
+        done = to.end;
+        num_label_tokens += run.len() as u64;
+        labels[to].copy_from_slice(&ids[run]);
+    }
+    labels[done..].fill(IGNORE_INDEX);
+    num_label_tokens
 }
 
 impl Segments {

@@ -3,8 +3,9 @@
 //! The way of the data is the order of the modules:
 //! records ([`source`]) → conversations ([`conversation`]) → text and spans ([`template`]) → samples ([`tokenize`],
 //! [`sample`]) → shards and manifest ([`shard`], [`manifest`]) → packs ([`pack`]) → steps ([`plan`]) → batches ([`batch`]).
-//! [`preprocess`] drives the first half on all cores. No Python, no torch, no global state.
+//! [`preprocess`] drives the first half on all cores; [`assemble`] takes samples made elsewhere. No Python, no torch, no global state.
 
+pub mod assemble;
 pub mod batch;
 pub mod conversation;
 pub mod error;

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
@@ -256,7 +258,7 @@ pub struct Dataset {
     shards: Vec<Shard>,
     /// First sample of each shard, and the number of samples.
     starts: Vec<usize>,
-    lengths: Vec<u32>,
+    lengths: OnceLock<Vec<u32>>,
 }
 
 /// One sample of a [`Dataset`].
@@ -272,6 +274,11 @@ impl Sample<'_> {
     /// Whether each token is trained on.
     pub fn label_mask(&self) -> impl ExactSizeIterator<Item = bool> + '_ {
         self.shard.label_mask(self.index)
+    }
+
+    /// The runs of tokens that are trained on; see [`Shard::label_runs`].
+    pub fn label_runs(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.shard.label_runs(self.index)
     }
 
     /// File number and line (from 1) of the record.
@@ -291,14 +298,12 @@ impl Dataset {
         let manifest = Manifest::read(directory)?;
         let mut shards = Vec::with_capacity(manifest.shards.len());
         let mut starts = vec![0];
-        let mut lengths = Vec::new();
         for info in &manifest.shards {
             let shard = Shard::open(directory, info, manifest.token_type, manifest.vocab_size)?;
-            lengths.extend(shard.sample_offsets().windows(2).map(|pair| pair[1] - pair[0]));
-            starts.push(lengths.len());
+            starts.push(starts[shards.len()] + shard.num_samples());
             shards.push(shard);
         }
-        Ok(Self { directory: directory.into(), manifest, shards, starts, lengths })
+        Ok(Self { directory: directory.into(), manifest, shards, starts, lengths: OnceLock::new() })
     }
 
     /// The manifest.
@@ -306,9 +311,19 @@ impl Dataset {
         &self.manifest
     }
 
-    /// Tokens of each sample.
+    /// Number of samples.
+    pub fn num_samples(&self) -> usize {
+        self.starts[self.shards.len()]
+    }
+
+    /// Tokens of each sample: 4 bytes a sample, made when they are first asked for.
     pub fn lengths(&self) -> &[u32] {
-        &self.lengths
+        self.lengths.get_or_init(|| {
+            let offsets = self.shards.iter().flat_map(|shard| shard.sample_offsets().windows(2));
+            let mut lengths = Vec::with_capacity(self.num_samples());
+            lengths.extend(offsets.map(|pair| pair[1] - pair[0]));
+            lengths
+        })
     }
 
     /// Sample `number`, from 0.

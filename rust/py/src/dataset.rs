@@ -27,7 +27,7 @@ impl Dataset {
     }
 
     fn __len__(&self) -> usize {
-        self.inner.lengths().len()
+        self.inner.num_samples()
     }
 
     /// (token ids uint32 [n], label mask bool [n], path of the input file, line) of sample `index`.
@@ -44,6 +44,40 @@ impl Dataset {
         let (path, line) = self.inner.source(index).map_err(|error| to_python(py, &error))?;
         let mask: Vec<bool> = sample.label_mask().collect();
         Ok((PyArray1::from_vec(py, sample.token_ids.to_vec()), PyArray1::from_vec(py, mask), path, line))
+    }
+
+    /// Samples `start..end` end to end: token ids uint32 [n], label mask bool [n], file numbers and lines uint32 [k].
+    #[expect(clippy::type_complexity, reason = "a tuple for Python")]
+    fn samples<'py>(
+        &self,
+        py: Python<'py>,
+        start: usize,
+        end: usize,
+    ) -> PyResult<(
+        Bound<'py, PyArray1<u32>>,
+        Bound<'py, PyArray1<bool>>,
+        Bound<'py, PyArray1<u32>>,
+        Bound<'py, PyArray1<u32>>,
+    )> {
+        if start > end || end > self.__len__() {
+            return Err(PyIndexError::new_err(format!("samples {start} to {end} of {}", self.__len__())));
+        }
+        let (ids, mask, files, lines) = py.detach(|| {
+            let (mut ids, mut mask, mut records) = (Vec::new(), Vec::new(), Vec::with_capacity(end - start));
+            for sample in (start..end).map(|number| self.inner.sample(number)) {
+                sample.token_ids.append_to(&mut ids);
+                mask.extend(sample.label_mask());
+                records.push(sample.record());
+            }
+            let (files, lines): (Vec<u32>, Vec<u32>) = records.into_iter().unzip();
+            (ids, mask, files, lines)
+        });
+        Ok((
+            PyArray1::from_vec(py, ids),
+            PyArray1::from_vec(py, mask),
+            PyArray1::from_vec(py, files),
+            PyArray1::from_vec(py, lines),
+        ))
     }
 
     /// Tokens of each sample, uint32 [num_samples].

@@ -1,5 +1,6 @@
 //! Python module `sft_fast._core`: registers what the other files define, nothing else.
 
+mod assemble;
 mod dataset;
 mod error;
 mod packing;
@@ -13,6 +14,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("DATASET_FORMAT", sft_fast_core::manifest::DATASET_FORMAT)?;
     module.add("FORMAT_VERSION", sft_fast_core::manifest::FORMAT_VERSION)?;
+    module.add_class::<assemble::Assembler>()?;
     module.add_class::<dataset::Dataset>()?;
     module.add_class::<packing::Packing>()?;
     module.add_class::<packing::Steps>()?;

@@ -128,6 +128,33 @@ impl Packing {
         Ok((arrays, segments, max_seqlen))
     }
 
+    /// As `batch`, with the samples of all rows laid end to end in one row, [1, tokens], without padding.
+    fn flat_batch<'py>(
+        &self,
+        py: Python<'py>,
+        rows: Vec<usize>,
+        shift_labels: bool,
+    ) -> PyResult<(BatchArrays<'py>, Bound<'py, PyArray1<i32>>, i32)> {
+        let samples = self.samples(&rows)?.concat();
+        let width = self.num_tokens(&samples);
+        if i32::try_from(width).is_err() {
+            return Err(PyValueError::new_err(format!("expected less than 2^31 tokens, found {width}")));
+        }
+        let new = || PyArray2::zeros(py, [1, width], false);
+        let arrays: BatchArrays<'py> = (new(), new(), new());
+        let (mut ids, mut labels, mut positions) = (arrays.0.readwrite(), arrays.1.readwrite(), arrays.2.readwrite());
+        let whole = "a new array is contiguous";
+        let filled = Arrays {
+            input_ids: ids.as_slice_mut().expect(whole),
+            labels: labels.as_slice_mut().expect(whole),
+            position_ids: positions.as_slice_mut().expect(whole),
+        };
+        let Segments { cu_seqlens, max_seqlen, .. } =
+            py.detach(|| fill(&self.dataset, &[&samples], width, shift_labels, filled));
+        drop((ids, labels, positions));
+        Ok((arrays, PyArray1::from_vec(py, cu_seqlens), max_seqlen))
+    }
+
     /// Fills the caller's arrays int64 [len(rows), width]; returns `cu_seqlens` int32 and `max_seqlen`.
     fn fill<'py>(
         &self,

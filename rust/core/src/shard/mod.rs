@@ -117,9 +117,16 @@ impl TokenIds<'_> {
 
     /// The ids, as u32.
     pub fn to_vec(&self) -> Vec<u32> {
+        let mut ids = Vec::with_capacity(self.len());
+        self.append_to(&mut ids);
+        ids
+    }
+
+    /// Adds the ids to `target`, as u32.
+    pub fn append_to(&self, target: &mut Vec<u32>) {
         match self {
-            Self::U16(ids) => ids.iter().map(|&id| id.into()).collect(),
-            Self::U32(ids) => ids.to_vec(),
+            Self::U16(ids) => target.extend(ids.iter().map(|&id| u32::from(id))),
+            Self::U32(ids) => target.extend_from_slice(ids),
         }
     }
 }
@@ -186,13 +193,20 @@ impl Shard {
         );
         let shard = Self { offsets, records, token_ids, label_mask, token_type, map };
         let ends = shard.sample_offsets();
-        if ends[0] != 0 || ends[samples] as usize != tokens || ends.windows(2).any(|pair| pair[0] >= pair[1]) {
+        // Without an early end, the comparisons are as fast as memory: this is most of the time that opening takes.
+        let rises = ends.windows(2).fold(true, |rises, pair| rises & (pair[0] < pair[1]));
+        if ends[0] != 0 || ends[samples] as usize != tokens || !rises {
             return Err(damaged("expected sample_offsets to rise from 0 to the number of tokens".into()));
         }
         if vocab_size == 0 || token_type != TokenType::for_vocab(vocab_size) {
             return Err(damaged(format!("{token_type:?} tokens do not fit a vocabulary of {vocab_size}")));
         }
         Ok(shard)
+    }
+
+    /// Number of samples.
+    pub fn num_samples(&self) -> usize {
+        self.sample_offsets().len() - 1
     }
 
     /// First token of each sample, and the end of the last.
@@ -222,6 +236,19 @@ impl Shard {
         self.token_range(index).map(move |token| bytes[token / 8] >> (token % 8) & 1 == 1)
     }
 
+    /// The runs of tokens of sample `index` that are trained on, counted from its first token; none is empty and no two
+    /// touch.
+    pub fn label_runs(&self, index: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+        let bytes = &self.map[self.label_mask.clone()];
+        let Range { start, end } = self.token_range(index);
+        let mut at = start;
+        std::iter::from_fn(move || {
+            let first = find_bit(bytes, true, at..end);
+            at = find_bit(bytes, false, first..end);
+            (first < at).then(|| first - start..at - start)
+        })
+    }
+
     /// Tokens of sample `index` that have a loss: trained on, and not the first, which nothing predicts.
     pub fn num_label_tokens(&self, index: usize) -> u64 {
         let range = self.token_range(index);
@@ -232,6 +259,26 @@ impl Shard {
         let offsets = self.sample_offsets();
         offsets[index] as usize..offsets[index + 1] as usize
     }
+}
+
+/// The first place in `range` with this bit, counted from the lowest of the first byte; the end if there is none.
+fn find_bit(bytes: &[u8], bit: bool, range: Range<usize>) -> usize {
+    let mut at = range.start;
+    while at < range.end {
+        let rest = &bytes[at / 8..];
+        let word = rest.first_chunk().copied().unwrap_or_else(|| {
+            let mut word = [0; 8];
+            word[..rest.len()].copy_from_slice(rest);
+            word
+        });
+        let word = u64::from_le_bytes(word);
+        let found = if bit { word } else { !word } >> (at % 8);
+        if found != 0 {
+            return range.end.min(at + found.trailing_zeros() as usize);
+        }
+        at += 64 - at % 8;
+    }
+    range.end
 }
 
 fn count_bits(bytes: &[u8], range: Range<usize>) -> u64 {
@@ -291,6 +338,9 @@ mod tests {
             for (index, (ids, run, file, line)) in samples.iter().enumerate() {
                 prop_assert_eq!(ids, &shard.token_ids(index).to_vec());
                 let mask: Vec<_> = (0..ids.len() as u32).map(|token| run.contains(&token)).collect();
+                let runs: Vec<_> = shard.label_runs(index).collect();
+                let run = (!run.is_empty()).then_some(run.start as usize..run.end as usize);
+                prop_assert_eq!(run.into_iter().collect::<Vec<_>>(), runs);
                 prop_assert_eq!(mask.iter().skip(1).filter(|&&bit| bit).count() as u64, shard.num_label_tokens(index));
                 prop_assert_eq!(mask, shard.label_mask(index).collect::<Vec<_>>());
                 prop_assert_eq!((*file, *line), shard.record(index));

@@ -1,0 +1,224 @@
+//! A dataset of samples that were made elsewhere: token ids and label masks in, the same files as of `preprocess` out.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::hash::sha256_of_file;
+use crate::manifest::{
+    DATASET_FORMAT, Dataset, FORMAT_VERSION, Manifest, Occupant, REJECTED_NAME, Recipe, SourceInfo, shard_name,
+};
+use crate::shard::write::{ShardIndex, ShardWriter};
+use crate::shard::{ShardInfo, TokenType};
+use crate::staging::Staging;
+
+/// A shard is closed before it would hold more tokens: 128 MiB of 4-byte ids.
+const MAX_SHARD_TOKENS: usize = 1 << 25;
+
+/// What a dataset of given samples is told about them; see the manifest.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// Longest sample allowed, in tokens.
+    pub sequence_length: u32,
+    /// One more than the largest token id allowed.
+    pub vocab_size: u32,
+    /// Token that fills rows.
+    pub pad_token_id: u32,
+    /// Directory of the tokenizer that made the ids; empty if it is not known.
+    pub tokenizer: String,
+}
+
+/// Takes samples one after another and makes a dataset of them, all at once, when it is told to.
+pub struct Assembler {
+    description: Description,
+    staging: Staging,
+    target: PathBuf,
+    directory: PathBuf,
+    token_type: TokenType,
+    /// The shard that is being written, and what goes into it behind the tokens.
+    shard: (ShardWriter, ShardIndex),
+    shards: Vec<ShardInfo>,
+    files: Vec<(SourceInfo, blake3::Hasher)>,
+    lengths: Vec<u32>,
+    num_label_tokens: u64,
+}
+
+impl Assembler {
+    /// Starts a dataset that will be at `target`: a new or an empty directory. `files` are the names of what the samples
+    /// come from.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dataset`] if there is something in `target`; [`ErrorKind::Argument`] for a description that can't be.
+    pub fn new(
+        target: &Path,
+        files: Vec<String>,
+        description: Description,
+        while_waiting: impl FnMut() -> Result<()>,
+    ) -> Result<Self> {
+        let Description { vocab_size, pad_token_id, .. } = description;
+        if pad_token_id >= vocab_size {
+            let message = format!("expected pad_token_id to be below vocab_size {vocab_size}, found {pad_token_id}");
+            return Err(Error::new(ErrorKind::Argument, message));
+        }
+        let staging = Staging::lock(target, while_waiting)?;
+        if Occupant::find(target)? != Occupant::Nothing {
+            let message = "expected a new or an empty directory, found one with files in it";
+            return Err(Error::new(ErrorKind::Dataset, message).with_path(target));
+        }
+        let token_type = TokenType::for_vocab(vocab_size);
+        let info = |path| SourceInfo { path, num_bytes: 0, blake3: String::new(), num_records: 0 };
+        let directory = staging.create()?.to_path_buf();
+        Ok(Self {
+            shard: new_shard(&directory, 0, token_type)?,
+            directory,
+            description,
+            staging,
+            target: target.into(),
+            token_type,
+            shards: Vec::new(),
+            files: files.into_iter().map(|path| (info(path), blake3::Hasher::new())).collect(),
+            lengths: Vec::new(),
+            num_label_tokens: 0,
+        })
+    }
+
+    /// Adds a sample: its token ids, which of them are trained on, the number of its file, and its line there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dataset`] for a sample that a dataset can't hold; it says which.
+    pub fn push(&mut self, ids: &[u32], mask: &[bool], file: u32, line: u32) -> Result<()> {
+        assert_eq!(ids.len(), mask.len());
+        let Description { sequence_length, vocab_size, .. } = self.description;
+        let refuse = |what: String| {
+            let message = format!("{what} in sample {}", self.lengths.len());
+            Err(Error::new(ErrorKind::Dataset, message))
+        };
+        if ids.is_empty() {
+            return refuse("expected tokens, found none".into());
+        }
+        if ids.len() > sequence_length as usize {
+            return refuse(format!("expected at most {sequence_length} tokens, found {}", ids.len()));
+        }
+        if let Some(id) = ids.iter().find(|&&id| id >= vocab_size) {
+            return refuse(format!("expected token ids below {vocab_size}, found {id}"));
+        }
+        let num_label_tokens = mask[1..].iter().filter(|&&is_label| is_label).count() as u64;
+        if num_label_tokens == 0 {
+            return refuse("expected a token to learn behind the first, found none".into());
+        }
+        let Some((info, hasher)) = self.files.get_mut(file as usize) else {
+            return refuse(format!("expected one of {} files, found file {file}", self.files.len()));
+        };
+        info.num_records += 1;
+        info.num_bytes += 4 * ids.len() as u64;
+        hasher.update(&(ids.len() as u64).to_le_bytes());
+        hasher.update(bytemuck::cast_slice(ids));
+        hasher.update(bytemuck::cast_slice(mask));
+
+        if self.shard.1.num_tokens() + ids.len() > MAX_SHARD_TOKENS {
+            let next = new_shard(&self.directory, self.shards.len() + 1, self.token_type)?;
+            let full = std::mem::replace(&mut self.shard, next);
+            self.shards.push(finish_shard(full)?);
+        }
+        let (writer, index) = &mut self.shard;
+        writer.write_tokens(index.num_tokens(), ids)?;
+        index.push(ids.len() as u32, &runs(mask), file, line);
+        self.lengths.push(ids.len() as u32);
+        self.num_label_tokens += num_label_tokens;
+        Ok(())
+    }
+
+    /// Puts the dataset in its place.
+    pub fn finish(mut self) -> Result<Manifest> {
+        let num_samples = self.lengths.len() as u64;
+        if num_samples == 0 {
+            return Err(Error::new(ErrorKind::NoRecords, "expected samples, found none"));
+        }
+        self.shards.push(finish_shard(self.shard)?);
+        let rejected = self.directory.join(REJECTED_NAME);
+        std::fs::write(&rejected, "").map_err(|error| Error::io("write", &rejected, &error))?;
+        let Description { sequence_length, vocab_size, pad_token_id, tokenizer } = self.description;
+        let tokenizer_file = Path::new(&tokenizer).join("tokenizer.json");
+        let recipe = Recipe {
+            sequence_length,
+            too_long: "reject".into(),
+            control_tokens: "allow".into(),
+            system_key: None,
+            prompt_key: "input_ids".into(),
+            query_key: None,
+            response_key: "labels".into(),
+            tokenizer_sha256: match tokenizer.is_empty() {
+                true => String::new(),
+                false => sha256_of_file(&tokenizer_file)?,
+            },
+            template_sha256: String::new(),
+            template_date: None,
+        };
+        let hashed = |(info, hasher): (SourceInfo, blake3::Hasher)| SourceInfo {
+            blake3: hasher.finalize().to_hex().to_string(),
+            ..info
+        };
+        let files: Vec<_> = self.files.into_iter().map(hashed).collect();
+        let manifest = Manifest {
+            format: DATASET_FORMAT.into(),
+            format_version: FORMAT_VERSION,
+            fingerprint: recipe.fingerprint(&files),
+            recipe,
+            tokenizer,
+            template: "none".into(),
+            template_verdict: serde_json::json!({}),
+            vocab_size,
+            pad_token_id,
+            token_type: self.token_type,
+            files,
+            num_records: num_samples,
+            num_samples,
+            num_rejected: 0,
+            rejected_by_reason: BTreeMap::new(),
+            num_truncated: 0,
+            num_control_text: 0,
+            num_tokens: self.shards.iter().map(|shard| shard.num_tokens).sum(),
+            num_label_tokens: self.num_label_tokens,
+            sample_tokens: quantiles(self.lengths),
+            shards: self.shards,
+        };
+        manifest.write(&self.directory)?;
+        self.staging.publish()?;
+        Dataset::open(&self.target)?;
+        Ok(manifest)
+    }
+}
+
+fn new_shard(directory: &Path, number: usize, token_type: TokenType) -> Result<(ShardWriter, ShardIndex)> {
+    Ok((ShardWriter::create(directory, shard_name(number), token_type)?, ShardIndex::default()))
+}
+
+fn finish_shard((writer, index): (ShardWriter, ShardIndex)) -> Result<ShardInfo> {
+    let info = writer.finish(index)?;
+    writer.sync()?;
+    Ok(info)
+}
+
+/// The smallest length that at least this share of the samples does not exceed.
+fn quantiles(mut lengths: Vec<u32>) -> BTreeMap<String, u32> {
+    lengths.sort_unstable();
+    let at = |percent: usize| lengths[(lengths.len() * percent).div_ceil(100).max(1) - 1];
+    [("min", 0), ("p50", 50), ("p90", 90), ("p99", 99), ("max", 100)]
+        .map(|(name, percent)| (name.to_owned(), at(percent)))
+        .into()
+}
+
+/// The runs of true values.
+fn runs(mask: &[bool]) -> Vec<Range<u32>> {
+    let mut runs = Vec::new();
+    let mut at = 0;
+    for run in mask.chunk_by(|a, b| a == b) {
+        let end = at + run.len() as u32;
+        if run[0] {
+            runs.push(at..end);
+        }
+        at = end;
+    }
+    runs
+}
