@@ -129,8 +129,8 @@ pub fn preprocess(
         return Err(Error::new(ErrorKind::Argument, message));
     }
     let num_threads = num_threads(options)?;
-    let source = Source::open(&options.files, chunk_bytes(options, num_threads))?;
-    let files = hash_files(&source, num_threads, on_progress)?;
+    let source = open(options, num_threads, on_progress)?;
+    let files = (0..source.num_files()).map(|number| file_info(&source, number)).collect::<Vec<_>>();
     let recipe = recipe(options, model);
     let fingerprint = recipe.fingerprint(&files);
     let target = match &options.place {
@@ -237,27 +237,29 @@ fn num_threads(options: &Options) -> Result<usize> {
     }
 }
 
-/// Hashes the input: what a dataset is found by.
-fn hash_files(
-    source: &Source,
+/// Opens the input and hashes it, since a dataset is found by content.
+fn open(
+    options: &Options,
     num_threads: usize,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
-) -> Result<Vec<SourceInfo>> {
-    let mut progress = Progress { is_hashing: true, num_total_bytes: source.num_bytes(), ..Progress::default() };
+) -> Result<Source> {
+    let mut progress = Progress { is_hashing: true, ..Progress::default() };
     let mut last = Instant::now();
-    let hashes = source.hash(num_threads, |num_bytes| {
+    Source::open(&options.files, chunk_bytes(options, num_threads), num_threads, |num_bytes, num_total_bytes| {
         progress.num_bytes += num_bytes;
+        progress.num_total_bytes = num_total_bytes;
         if last.elapsed() < PROGRESS_INTERVAL {
             return Ok(());
         }
         last = Instant::now();
         on_progress(&progress)
-    })?;
-    let info = |(number, blake3)| {
-        let (path, num_bytes) = source.file(number);
-        SourceInfo { path: path.display().to_string(), num_bytes, blake3, num_records: 0 }
-    };
-    Ok((0..).zip(hashes).map(info).collect())
+    })
+}
+
+fn file_info(source: &Source, number: u32) -> SourceInfo {
+    let (path, num_bytes) = source.file(number);
+    let blake3 = source.survey(number).blake3.clone();
+    SourceInfo { path: path.display().to_string(), num_bytes, blake3, num_records: 0 }
 }
 
 fn recipe(options: &Options, model: &Model) -> Recipe {

@@ -1,25 +1,25 @@
-//! Plain JSON Lines: any byte range of a file can be turned into the records that begin in it, without the ranges before.
+//! Plain JSON Lines: segments of a file → records, without what stands before them.
 
-use std::fs::File;
+use std::ops::Range;
 
-use super::{Chunk, MAX_RECORD_BYTES, RecordSpan, SourceFile, TOO_LARGE};
+use super::{Chunk, MAX_RECORD_BYTES, RecordSpan, Segment, SourceFile, TOO_LARGE};
 use crate::error::{ErrorKind, Position, Result};
 
 impl Chunk {
-    /// Makes records of the lines that begin in `bytes[start..end]`; the last of them may reach beyond `end`. If `is_cut`,
-    /// the last line goes on where `bytes` ends, for too long.
-    pub(super) fn split_lines(&mut self, start: usize, end: usize, is_cut: bool) {
-        self.num_newlines = 0;
-        let mut line_start = start;
-        while line_start < end {
-            let newline = memchr::memchr(b'\n', &self.bytes[line_start..]).map(|length| line_start + length);
-            let line_end = newline.unwrap_or(self.bytes.len());
+    /// Makes records of the lines in `bytes`, which follow those that are there. If `is_cut`, the last line goes on where
+    /// `bytes` ends.
+    pub(super) fn split_lines(&mut self, bytes: Range<usize>, is_cut: bool) {
+        let mut line_start = bytes.start;
+        while line_start < bytes.end {
+            let newline = memchr::memchr(b'\n', &self.bytes[line_start..bytes.end]).map(|length| line_start + length);
+            let line_end = newline.unwrap_or(bytes.end);
             let is_cut = is_cut && newline.is_none();
-            if is_cut || self.bytes[line_start..line_end].iter().any(|byte| !byte.is_ascii_whitespace()) {
+            let is_too_large = is_cut || line_end - line_start > MAX_RECORD_BYTES;
+            if is_too_large || self.bytes[line_start..line_end].iter().any(|byte| !byte.is_ascii_whitespace()) {
                 self.records.push(RecordSpan {
                     range: line_start..line_end,
                     position: Position { line: self.num_newlines + 1, column: 1 },
-                    flaw: is_cut.then_some((ErrorKind::RecordTooLarge, TOO_LARGE)),
+                    flaw: is_too_large.then_some((ErrorKind::RecordTooLarge, TOO_LARGE)),
                 });
             }
             self.num_newlines += u64::from(newline.is_some() || is_cut);
@@ -29,52 +29,35 @@ impl Chunk {
 }
 
 impl SourceFile {
-    /// Takes the lines that begin in bytes `start..end` of the file; the last of them may reach beyond `end`.
-    pub(super) fn read_lines(&self, start: u64, end: u64, chunk: &mut Chunk) -> Result<()> {
-        let file = self.reopen()?;
-        let end = end.min(self.stamp.num_bytes);
-        // One byte more in front tells whether a line begins at `start`.
-        let from = if start == 0 { (self.start as u64).min(end) } else { start - 1 };
-        let bytes = &mut chunk.bytes;
-        bytes.resize((end - from) as usize, 0);
-        self.read_exact_at(&file, bytes, from)?;
-        chunk.num_source_bytes = end - start;
+    /// As many segments from `first` on as a chunk of about `chunk_bytes` holds, at least one.
+    pub(super) fn next_segments(&self, first: usize, chunk_bytes: usize) -> Range<usize> {
+        let limit = self.survey.segments[first] + chunk_bytes as u64;
+        let others = &self.survey.segments[first + 1..];
+        first..first + 1 + others.partition_point(|&start| start < limit)
+    }
 
-        let line_start = match start {
-            0 => 0,
-            _ => match memchr::memchr(b'\n', bytes) {
-                Some(newline) => newline + 1,
-                None => bytes.len(),
-            },
-        };
-        let num_own_bytes = bytes.len();
-        let mut too_large = false;
-        if line_start < num_own_bytes && bytes.last() != Some(&b'\n') {
-            too_large = !self.read_rest_of_line(&file, from, bytes)?;
+    /// Takes the records of some segments.
+    pub(super) fn read_segments(&self, segments: Range<usize>, chunk: &mut Chunk) -> Result<()> {
+        let start_of = |segment: usize| self.survey.segments.get(segment).copied().unwrap_or(self.stamp.num_bytes);
+        let start = start_of(segments.start);
+        let num_bytes = start_of(segments.end) - start;
+        // Only a line that is too large can make a segment so long, and it is the last: the rest of it is not read.
+        let kept = num_bytes.min(MAX_CHUNK_BYTES);
+        chunk.bytes.resize(kept as usize, 0);
+        self.read_exact_at(&self.reopen()?, &mut chunk.bytes, start)?;
+        chunk.num_source_bytes = num_bytes;
+        chunk.num_newlines = 0;
+        for segment in segments {
+            let place = |segment: usize| (start_of(segment) - start).min(kept) as usize;
+            let mark = if start_of(segment) == 0 { self.start } else { 0 };
+            let bytes = place(segment)..place(segment + 1);
+            let first_record = chunk.records.len();
+            chunk.split_lines(bytes.start + mark..bytes.end, start_of(segment + 1) - start > kept);
+            chunk.segments.push(Segment { bytes, records: first_record..chunk.records.len() });
         }
-        chunk.split_lines(line_start, num_own_bytes, too_large);
         Ok(())
     }
-
-    /// Appends the bytes up to the next newline or the end of the file; false if that would pass [`MAX_RECORD_BYTES`].
-    fn read_rest_of_line(&self, file: &File, from: u64, bytes: &mut Vec<u8>) -> Result<bool> {
-        let mut step = 1 << 16;
-        loop {
-            let at = from + bytes.len() as u64;
-            if at == self.stamp.num_bytes {
-                return Ok(true);
-            }
-            if bytes.len() > MAX_RECORD_BYTES {
-                return Ok(false);
-            }
-            let old = bytes.len();
-            bytes.resize(old + (self.stamp.num_bytes - at).min(step) as usize, 0);
-            self.read_exact_at(file, &mut bytes[old..], at)?;
-            if let Some(newline) = memchr::memchr(b'\n', &bytes[old..]) {
-                bytes.truncate(old + newline + 1);
-                return Ok(true);
-            }
-            step *= 2;
-        }
-    }
 }
+
+/// The largest record, and what may stand before it in a chunk.
+const MAX_CHUNK_BYTES: u64 = MAX_RECORD_BYTES as u64 + (16 << 20);

@@ -1,12 +1,12 @@
-//! Files → chunks of records with their places. Plain JSON Lines are read in parallel (`lines`); JSON arrays and compressed
-//! files by one scan (`scan`).
+//! Files → chunks of records with their places. A first look finds hashes and segments (`survey`). Plain JSON Lines are then
+//! read in parallel, segment by segment (`lines`); JSON arrays and compressed files by one scan (`scan`).
 //!
 //! A chunk is a buffer of whole records. Its lines are counted from the chunk's own start, since nobody has counted the
 //! newlines before it yet; whoever takes the chunks in order adds them up ([`Chunk::num_newlines`]).
 
-mod hash;
 mod lines;
 mod scan;
+mod survey;
 
 use std::fs::{File, Metadata};
 use std::io::{BufReader, Read};
@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use scan::Scan;
+pub use survey::Survey;
 
 use crate::error::{Error, ErrorKind, Position, Result};
 
@@ -33,6 +34,15 @@ pub struct RecordSpan {
     pub flaw: Option<(ErrorKind, &'static str)>,
 }
 
+/// A part of a file that is the same wherever it stands: see [`Survey::segments`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it lies in [`Chunk::bytes`].
+    pub bytes: Range<usize>,
+    /// Which of the chunk's records it holds.
+    pub records: Range<usize>,
+}
+
 /// Some successive records of one file.
 #[derive(Debug, Default)]
 pub struct Chunk {
@@ -44,6 +54,8 @@ pub struct Chunk {
     pub bytes: Vec<u8>,
     /// The records, in order.
     pub records: Vec<RecordSpan>,
+    /// The segments, in order, that together hold all records; none where the file has no segments.
+    pub segments: Vec<Segment>,
     /// Newlines in the part of the file that this chunk stands for.
     pub num_newlines: u64,
     /// Bytes of the file that this chunk stands for, for progress.
@@ -74,6 +86,7 @@ struct SourceFile {
     /// Bytes of the byte order mark.
     start: usize,
     is_array: bool,
+    survey: Survey,
 }
 
 /// What tells a file from another one of that name, and from itself before a change.
@@ -109,22 +122,35 @@ enum Compression {
 struct Cursor {
     sequence: u64,
     file: usize,
-    /// Next byte of a JSON Lines file.
-    offset: u64,
+    /// Next segment of a JSON Lines file.
+    segment: usize,
     scan: Option<Scan>,
 }
 
 impl Source {
-    /// Opens `paths`. `chunk_bytes` is how much a chunk holds, about; it changes speed and memory, never the records.
+    /// Opens `paths` and looks at them with `num_threads` threads. `chunk_bytes` is how much a chunk holds, about; it changes
+    /// speed and memory, never the records.
+    ///
+    /// `on_bytes` is told how many bytes were read since it was told last, and how many there are in all; an error from it
+    /// ends the work.
     ///
     /// # Errors
     /// A path that is missing, unreadable or no regular file, and content that is compressed or binary.
-    pub fn open(paths: &[PathBuf], chunk_bytes: usize) -> Result<Self> {
+    pub fn open(
+        paths: &[PathBuf],
+        chunk_bytes: usize,
+        num_threads: usize,
+        mut on_bytes: impl FnMut(u64, u64) -> Result<()>,
+    ) -> Result<Self> {
         let files = paths.iter().map(|path| SourceFile::open(path)).collect::<Result<Vec<_>>>()?;
         if u32::try_from(files.len()).is_err() {
             return Err(Error::new(ErrorKind::Argument, "more files than a dataset can number (4,294,967,295)"));
         }
-        Ok(Self { files, chunk_bytes: chunk_bytes.max(16), cursor: Mutex::default() })
+        let mut source = Self { files, chunk_bytes: chunk_bytes.clamp(16, 8 << 20), cursor: Mutex::default() };
+        let num_total_bytes = source.num_bytes();
+        let surveys = survey::survey(&source.files, num_threads, |num_bytes| on_bytes(num_bytes, num_total_bytes))?;
+        source.files.iter_mut().zip(surveys).for_each(|(file, survey)| file.survey = survey);
+        Ok(source)
     }
 
     /// Bytes of all files.
@@ -148,14 +174,20 @@ impl Source {
         (&file.path, file.stamp.num_bytes)
     }
 
+    /// What the first look at file `number` found.
+    pub fn survey(&self, number: u32) -> &Survey {
+        &self.files[number as usize].survey
+    }
+
     /// Puts the next chunk into `chunk`; false at the end of the input. Every chunk goes to exactly one caller.
     pub fn next(&self, chunk: &mut Chunk) -> Result<bool> {
         let mut cursor = self.cursor.lock().expect("no thread panics while it holds the cursor");
         chunk.records.clear();
+        chunk.segments.clear();
         loop {
             let Some(file) = self.files.get(cursor.file) else { return Ok(false) };
             let number = cursor.file as u32;
-            if file.is_array || file.compression != Compression::None {
+            if !file.is_lines() {
                 let mut scan = match cursor.scan.take() {
                     Some(scan) => scan,
                     None => Scan::new(file.reader()?, file.start, file.is_array),
@@ -166,17 +198,17 @@ impl Source {
                     cursor.sequence += 1;
                     return Ok(true);
                 }
-            } else if cursor.offset < file.stamp.num_bytes {
-                let start = cursor.offset;
-                cursor.offset += self.chunk_bytes as u64;
+            } else if cursor.segment < file.survey.segments.len() {
+                let segments = file.next_segments(cursor.segment, self.chunk_bytes);
+                cursor.segment = segments.end;
                 (chunk.file, chunk.sequence) = (number, cursor.sequence);
                 cursor.sequence += 1;
                 drop(cursor); // The rest needs no order.
-                file.read_lines(start, start + self.chunk_bytes as u64, chunk)?;
+                file.read_segments(segments, chunk)?;
                 return Ok(true);
             }
             cursor.file += 1;
-            cursor.offset = 0;
+            cursor.segment = 0;
         }
     }
 }
@@ -191,7 +223,14 @@ impl SourceFile {
             return Err(Error::new(ErrorKind::Io, format!("expected a file, found {what}")).with_path(path));
         }
         let stamp = Stamp::new(&metadata);
-        let mut opened = Self { path: path.into(), stamp, compression: Compression::None, start: 0, is_array: false };
+        let mut opened = Self {
+            path: path.into(),
+            stamp,
+            compression: Compression::None,
+            start: 0,
+            is_array: false,
+            survey: Survey::default(),
+        };
         let mut magic = Vec::new();
         opened.reopen()?.take(4).read_to_end(&mut magic).map_err(failed)?;
         opened.compression = match &magic[..] {
@@ -219,6 +258,11 @@ impl SourceFile {
             }
         }
         Ok(opened)
+    }
+
+    /// Whether it is plain JSON Lines.
+    fn is_lines(&self) -> bool {
+        !self.is_array && self.compression == Compression::None
     }
 
     /// Opens the file again, and refuses it if it is not what it was.
@@ -262,10 +306,14 @@ mod tests {
         file
     }
 
+    fn open(path: &Path, chunk_bytes: usize) -> Result<Source> {
+        Source::open(&[path.to_path_buf()], chunk_bytes, 2, |_, _| Ok(()))
+    }
+
     /// Records as (text, line, column, flawed), from a file of `content` read in chunks of `chunk_bytes`.
     fn records(content: &[u8], chunk_bytes: usize) -> Vec<(String, u64, u64, bool)> {
         let file = file(content);
-        let source = Source::open(&[file.path().to_path_buf()], chunk_bytes).unwrap();
+        let source = open(file.path(), chunk_bytes).unwrap();
         let (mut chunk, mut found, mut num_newlines, mut num_bytes) = (Chunk::default(), Vec::new(), 0, 0);
         while source.next(&mut chunk).unwrap() {
             for record in &chunk.records {
@@ -314,7 +362,7 @@ mod tests {
     #[test]
     fn foreign_files_are_refused() {
         let directory = tempfile::tempdir().unwrap();
-        let open = |path: &Path| Source::open(&[path.to_path_buf()], 16).unwrap_err().to_string();
+        let open = |path: &Path| open(path, 16).unwrap_err().to_string();
         assert!(open(directory.path()).contains("expected a file, found a directory"));
         assert!(open(&directory.path().join("none")).contains("could not read"));
         assert!(open(file(b"PAR1").path()).contains("found a Parquet file"));
@@ -331,7 +379,7 @@ mod tests {
             for compressed in [gzip.finish().unwrap(), zstd] {
                 assert_eq!(records(text, 16), records(&compressed, 16));
                 let cut = file(&compressed[..compressed.len() - 3]);
-                let source = Source::open(&[cut.path().to_path_buf()], 16);
+                let source = open(cut.path(), 16);
                 let read = |source: Source| {
                     let mut chunk = Chunk::default();
                     while source.next(&mut chunk)? {}
@@ -346,7 +394,7 @@ mod tests {
     #[test]
     fn changes_are_noticed() {
         let mut file = file(b"{}\n");
-        let open = || Source::open(&[file.path().to_path_buf()], 16).unwrap();
+        let open = || open(file.path(), 16).unwrap();
         let (appended, replaced) = (open(), open());
         appended.check_unchanged().unwrap();
         file.write_all(b"{}\n").unwrap();

@@ -203,7 +203,8 @@ impl Scan {
         self.is_done = self.is_file_read;
         let start = std::mem::take(&mut self.start).min(end);
         self.hand_out(end, chunk);
-        chunk.split_lines(start, end, false);
+        chunk.num_newlines = 0;
+        chunk.split_lines(start..end, false);
         Ok(())
     }
 
