@@ -131,6 +131,8 @@ def write_dataset(
             }
         )
     (directory / "rejected.jsonl").write_bytes(b"")
+    segments = json.dumps({"blake3": None, "num_samples": len(samples)}).encode() + b"\n" if samples else b""
+    (directory / "segments.jsonl").write_bytes(segments)
     lengths = sorted(len(ids) for ids, _ in samples) or [0]
     manifest = {
         "format": "sft-fast dataset",
@@ -168,6 +170,7 @@ def write_dataset(
             for name, percent in (("min", 0), ("p50", 50), ("p90", 90), ("p99", 99), ("max", 100))
         },
         "shards": shards,
+        "segments": {"num_bytes": len(segments), "sha256": hashlib.sha256(segments).hexdigest()},
     }
     (directory / "manifest.json").write_text(json.dumps({**manifest, **changes}), encoding="utf-8")
     return directory

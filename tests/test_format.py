@@ -302,6 +302,29 @@ def test_verify_counts_samples_lengths_and_rejects(whole: Path) -> None:
         sft_fast.verify(whole)
 
 
+def test_verify_proves_the_list_of_segments(whole: Path) -> None:
+    """A list of segments that is damaged, or of other samples, is found by verify; opening does not need it."""
+    path = whole / "segments.jsonl"
+    for content in (
+        '{"blake3": null, "num_samples": 4}\n',
+        '{"num_samples": 5}\n',
+        "x",
+        '{"blake3": null, "num_samples": -1}\n',
+    ):
+        path.write_text(content)
+        with pytest.raises(DatasetError, match="list of segments") as caught:
+            sft_fast.verify(whole)
+        assert caught.value.path == str(path)
+        info = {"num_bytes": len(content), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+        edit_manifest(whole, lambda manifest, info=info: manifest.update(segments=info))
+        with pytest.raises(DatasetError, match="list of segments"):
+            sft_fast.verify(whole)
+    path.unlink()
+    with pytest.raises(DatasetError, match="list of segments"):
+        sft_fast.verify(whole)
+    assert plain_samples(sft_fast.Dataset(whole)) == SAMPLES
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "shard-00001.safetensors"])
 @pytest.mark.parametrize("replace", [Path.exists, Path.mkdir, os.mkfifo], ids=["nothing", "directory", "pipe"])
 def test_a_missing_file_is_named(whole: Path, name: str, replace: Callable[[Path], object]) -> None:

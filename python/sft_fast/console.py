@@ -160,6 +160,11 @@ def report_table(report: Report, title: str) -> Table:
         [
             ("records", count(report.num_records)),
             ("samples", count(report.num_samples)),
+            *(
+                [("  of an older data set", count(report.num_reused_samples))]
+                if report.num_reused_samples and not report.reused
+                else []
+            ),
             ("rejected", count(report.num_rejected)),
             *rejected,
             *([("truncated", count(report.num_truncated))] if report.num_truncated else []),

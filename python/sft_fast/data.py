@@ -51,6 +51,8 @@ class Report:
     seconds: float
     reused: bool
     """Whether the dataset was there already."""
+    num_reused_samples: int
+    """Samples that were not encoded, because an older dataset had them: their part of the input did not change."""
     why_not_fast: str | None
     """Why the `tokenizers` library encoded, not the fast engine, where it did: the tokens are the same."""
 
@@ -179,7 +181,7 @@ def _preprocess(
     check_number("sequence_length", sequence_length, 2, 2**32 - 1)
     if num_threads is not None:
         check_number("num_threads", num_threads, 1, 1024)
-    path, manifest_json, reused, seconds, why_not_fast = _core.preprocess(
+    path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = _core.preprocess(
         resolve_files(files), output_dir, sequence_length=sequence_length, num_threads=num_threads, **arguments
     )
     manifest = json.loads(manifest_json)
@@ -189,6 +191,7 @@ def _preprocess(
         num_bytes=sum(file["num_bytes"] for file in manifest["files"]),
         seconds=seconds,
         reused=reused,
+        num_reused_samples=num_reused_samples,
         why_not_fast=why_not_fast,
         **{key: manifest[key] for key in _REPORTED},
     )

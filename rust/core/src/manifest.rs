@@ -16,6 +16,8 @@ use crate::shard::{Shard, ShardInfo, TokenIds, TokenType};
 pub const MANIFEST_NAME: &str = "manifest.json";
 /// File name of the list of rejected records.
 pub const REJECTED_NAME: &str = "rejected.jsonl";
+/// File name of the list of segments.
+pub const SEGMENTS_NAME: &str = "segments.jsonl";
 /// What the key `format` of a manifest says.
 pub const DATASET_FORMAT: &str = "sft-fast dataset";
 /// Version of the format, part of the fingerprint.
@@ -35,6 +37,26 @@ pub struct SourceInfo {
     pub blake3: String,
     /// Records found.
     pub num_records: u64,
+}
+
+/// The list of segments: size and checksum.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SegmentsInfo {
+    /// Size in bytes.
+    pub num_bytes: u64,
+    /// SHA-256 of the file, in hexadecimal.
+    pub sha256: String,
+}
+
+/// A line of the list of segments: successive records of one file that are next to each other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Segment {
+    /// BLAKE3 of its bytes, in hexadecimal, if each of its records is a sample and there is nothing else to report of it.
+    pub blake3: Option<String>,
+    /// Samples that came of it.
+    pub num_samples: u64,
 }
 
 /// Everything but the input bytes that decides what a dataset holds. Written to the manifest, hashed into the fingerprint.
@@ -118,6 +140,8 @@ pub struct Manifest {
     pub sample_tokens: BTreeMap<String, u32>,
     /// The shards, in the order of the samples.
     pub shards: Vec<ShardInfo>,
+    /// The list of segments.
+    pub segments: SegmentsInfo,
 }
 
 impl Manifest {
@@ -245,7 +269,7 @@ impl Occupant {
         if !has_manifest || is_foreign() {
             return Ok(Self::Stranger);
         }
-        let is_part = |name: &str| name == MANIFEST_NAME || name == REJECTED_NAME || is_shard_name(name);
+        let is_part = |name: &str| [MANIFEST_NAME, REJECTED_NAME, SEGMENTS_NAME].contains(&name) || is_shard_name(name);
         Ok(Self::Dataset { stranger: names.into_iter().find(|name| !is_part(name)) })
     }
 }
@@ -357,6 +381,65 @@ impl Dataset {
         }
     }
 
+    /// The numbers of the shards that hold samples `range`.
+    pub fn shards_of(&self, range: std::ops::Range<usize>) -> std::ops::Range<usize> {
+        let at = |number: usize| self.starts.partition_point(|&start| start <= number) - 1;
+        at(range.start)..at(range.end - 1) + 1
+    }
+
+    /// Proves the checksum of a shard.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dataset`] where it is not that of the manifest.
+    pub fn verify_shard(&self, number: usize) -> Result<()> {
+        let info = &self.manifest.shards[number];
+        self.verify_checksum("shard", &info.name, &info.sha256)
+    }
+
+    fn verify_checksum(&self, what: &str, name: &str, expected: &str) -> Result<()> {
+        let path = self.directory.join(name);
+        let found = sha256_of_file(&path)?;
+        if found != expected {
+            return Err(Error::new(
+                ErrorKind::Dataset,
+                format!("damaged {what}: expected SHA-256 {expected}, found {found}"),
+            )
+            .with_path(&path)
+            .with_hint("preprocess again; the file changed after it was written"));
+        }
+        Ok(())
+    }
+
+    /// The list of segments, proved against the manifest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dataset`] where it is missing, damaged, or of other samples.
+    pub fn segments(&self) -> Result<Vec<Segment>> {
+        let path = self.directory.join(SEGMENTS_NAME);
+        let damaged =
+            |what: String| Error::new(ErrorKind::Dataset, format!("damaged list of segments: {what}")).with_path(&path);
+        let SegmentsInfo { num_bytes, sha256 } = &self.manifest.segments;
+        match std::fs::metadata(&path) {
+            Ok(metadata) if metadata.is_file() && metadata.len() == *num_bytes => {}
+            Ok(metadata) if metadata.is_file() => {
+                let found = metadata.len();
+                return Err(damaged(format!("expected {num_bytes} bytes, as the manifest says, found {found}")));
+            }
+            _ => return Err(damaged("expected a file, found none".into())),
+        }
+        self.verify_checksum("list of segments", SEGMENTS_NAME, sha256)?;
+        let text = std::fs::read_to_string(&path).map_err(|error| Error::io("read", &path, &error))?;
+        let segments: Vec<Segment> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).map_err(|error| damaged(error.to_string())))
+            .collect::<Result<_>>()?;
+        let sum = segments.iter().try_fold(0u64, |sum, segment| sum.checked_add(segment.num_samples));
+        match sum == Some(self.manifest.num_samples) {
+            true => Ok(segments),
+            false => Err(damaged(format!("expected {} samples, found {sum:?}", self.manifest.num_samples))),
+        }
+    }
+
     /// Proves the dataset whole: the checksums of all shards, and every law between shards, manifest and rejected records.
     ///
     /// `on_bytes` is told of progress and may stop the work.
@@ -369,11 +452,7 @@ impl Dataset {
             let path = self.directory.join(&info.name);
             let damaged =
                 |what: String| Error::new(ErrorKind::Dataset, format!("damaged shard: {what}")).with_path(&path);
-            let found = sha256_of_file(&path)?;
-            if found != info.sha256 {
-                return Err(damaged(format!("expected SHA-256 {}, found {found}", info.sha256))
-                    .with_hint("preprocess again; the file changed after it was written"));
-            }
+            self.verify_shard(number)?;
             for number in self.starts[number]..self.starts[number + 1] {
                 num_label_tokens += self.check_sample(number).map_err(damaged)?;
                 self.source(number)?;
@@ -385,6 +464,7 @@ impl Dataset {
             false => Err(Error::new(ErrorKind::Dataset, format!("expected {expected} {what}, found {found}"))
                 .with_path(&self.directory.join(name))),
         };
+        self.segments()?;
         equal("label tokens", MANIFEST_NAME, self.manifest.num_label_tokens, num_label_tokens)?;
         equal("lines", REJECTED_NAME, self.manifest.num_rejected, self.num_rejected_lines()?)
     }

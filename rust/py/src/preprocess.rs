@@ -24,7 +24,8 @@ pub struct Progress {
     num_tokens: u64,
 }
 
-/// Makes a dataset and returns (path, manifest as JSON, whether it was there already, seconds, why the reference
+/// Makes a dataset and returns (path, manifest as JSON, whether it was there already, samples taken from an older one,
+/// seconds, why the reference
 /// tokenizer was taken).
 #[pyfunction]
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
@@ -52,7 +53,7 @@ pub fn preprocess(
     progress: Option<Py<PyAny>>,
     chunk_bytes: Option<usize>,
     max_shard_tokens: Option<u32>,
-) -> PyResult<(PathBuf, String, bool, f64, Option<String>)> {
+) -> PyResult<(PathBuf, String, bool, u64, f64, Option<String>)> {
     let unknown = |name: &str, expected: &str, found: &str| {
         to_python(py, &Error::new(ErrorKind::Argument, format!("expected {name} to be {expected}, found '{found}'")))
     };
@@ -100,5 +101,6 @@ pub fn preprocess(
         Ok((report, why_not_fast))
     })?;
     let manifest = serde_json::to_string(&report.manifest).expect("plain data");
-    Ok((report.path, manifest, report.is_reused, report.elapsed.as_secs_f64(), why_not_fast))
+    let seconds = report.elapsed.as_secs_f64();
+    Ok((report.path, manifest, report.is_reused, report.num_reused_samples, seconds, why_not_fast))
 }

@@ -1,4 +1,5 @@
-//! Batches in any order → places in the shards and `rejected.jsonl` in the order of the input, and the counts for the manifest.
+//! Batches in any order → places in the shards, `rejected.jsonl` and `segments.jsonl` in the order of the input, and the
+//! counts for the manifest.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -9,10 +10,11 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use super::schedule::{Job, Schedule};
-use super::worker::{Batch, Event};
+use super::worker::{Batch, Event, SegmentResult, Tally};
 use super::{Options, Progress};
 use crate::error::{Error, ErrorKind, Position, Result};
-use crate::manifest::{REJECTED_NAME, SourceInfo, shard_name};
+use crate::hash::sha256_of_file;
+use crate::manifest::{REJECTED_NAME, SEGMENTS_NAME, Segment, SegmentsInfo, SourceInfo, shard_name};
 use crate::shard::write::{ShardIndex, ShardWriter};
 use crate::shard::{ShardInfo, TokenType};
 use crate::source::Source;
@@ -23,12 +25,13 @@ pub struct Counts {
     pub num_records: u64,
     pub num_rejected: u64,
     pub rejected_by_reason: BTreeMap<String, u64>,
-    pub num_truncated: u64,
-    pub num_control_text: u64,
+    pub tally: Tally,
+    pub num_reused_samples: u64,
     pub num_tokens: u64,
     pub num_label_tokens: u64,
     pub files: Vec<SourceInfo>,
     pub shards: Vec<ShardInfo>,
+    pub segments: SegmentsInfo,
     /// Number of samples by length in tokens.
     lengths: BTreeMap<u32, u64>,
 }
@@ -79,15 +82,40 @@ pub struct Collector<'a> {
     /// For each shard that was begun what it holds, once that is known.
     shards: Vec<Option<ShardInfo>>,
     syncer: Syncer,
-    rejected: BufWriter<File>,
-    rejected_path: PathBuf,
+    rejected: Listing,
+    segments: Listing,
+    /// Samples of segments that can't be told apart, since the last that could.
+    num_unlisted: u64,
+}
+
+/// A file of JSON lines beside the shards.
+struct Listing {
+    path: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl Listing {
+    fn create(path: PathBuf) -> Result<Self> {
+        let file = File::create(&path).map_err(|error| Error::io("write", &path, &error))?;
+        Ok(Self { path, file: BufWriter::new(file) })
+    }
+
+    fn push(&mut self, line: &impl serde::Serialize) -> Result<()> {
+        let written = serde_json::to_writer(&mut self.file, line).map_err(std::io::Error::from);
+        written.and_then(|()| self.file.write_all(b"\n")).map_err(|error| Error::io("write", &self.path, &error))
+    }
+
+    /// Makes sure that all lines are on disk.
+    fn finish(self) -> Result<PathBuf> {
+        let file = self.file.into_inner().map_err(std::io::IntoInnerError::into_error);
+        file.and_then(|file| file.sync_all()).map_err(|error| Error::io("write", &self.path, &error))?;
+        Ok(self.path)
+    }
 }
 
 impl<'a> Collector<'a> {
     /// A collector that writes into `directory`.
     pub fn new(directory: &Path, files: Vec<SourceInfo>, options: &'a Options, token_type: TokenType) -> Result<Self> {
-        let rejected_path = directory.join(REJECTED_NAME);
-        let rejected = File::create(&rejected_path).map_err(|error| Error::io("write", &rejected_path, &error))?;
         Ok(Self {
             options,
             directory: directory.into(),
@@ -101,8 +129,9 @@ impl<'a> Collector<'a> {
             open: BTreeMap::new(),
             shards: Vec::new(),
             syncer: Syncer::start(),
-            rejected: BufWriter::new(rejected),
-            rejected_path,
+            rejected: Listing::create(directory.join(REJECTED_NAME))?,
+            segments: Listing::create(directory.join(SEGMENTS_NAME))?,
+            num_unlisted: 0,
         })
     }
 
@@ -180,28 +209,47 @@ impl<'a> Collector<'a> {
             self.counts.num_label_tokens += num_labels;
         }
         self.store(ids, schedule);
+        for segment in &batch.segments {
+            self.list(segment)?;
+        }
         self.counts.num_records += batch.num_records;
         self.counts.files[batch.file as usize].num_records += batch.num_records;
-        self.counts.num_truncated += batch.num_truncated;
-        self.counts.num_control_text += batch.num_control_text;
+        self.counts.tally += batch.tally;
+        self.counts.num_reused_samples += batch.num_reused;
         self.num_newlines += batch.num_newlines;
         self.num_bytes += batch.num_source_bytes;
         Ok(())
+    }
+
+    /// Lists a segment. Those without a hash are put together, so that it does not matter how they were cut.
+    fn list(&mut self, segment: &SegmentResult) -> Result<()> {
+        let Some(hash) = segment.blake3.filter(|_| segment.num_samples > 0) else {
+            self.num_unlisted += segment.num_samples;
+            return Ok(());
+        };
+        self.list_unlisted()?;
+        self.segments.push(&Segment { blake3: Some(hash.to_hex().to_string()), num_samples: segment.num_samples })
+    }
+
+    fn list_unlisted(&mut self) -> Result<()> {
+        match std::mem::take(&mut self.num_unlisted) {
+            0 => Ok(()),
+            num_samples => self.segments.push(&Segment { blake3: None, num_samples }),
+        }
     }
 
     fn reject(&mut self, error: &Error) -> Result<()> {
         let code = error.kind().code();
         self.counts.num_rejected += 1;
         *self.counts.rejected_by_reason.entry(code.into()).or_default() += 1;
-        let line = serde_json::json!({
+        self.rejected.push(&serde_json::json!({
             "path": error.path().map(|path| path.display().to_string()),
             "line": error.position().map(|position| position.line),
             "column": error.position().map(|position| position.column),
             "reason": code,
             "message": error.message(),
             "location": error.location(),
-        });
-        writeln!(self.rejected, "{line}").map_err(|error| Error::io("write", &self.rejected_path, &error))
+        }))
     }
 
     /// The shard that is being filled.
@@ -255,12 +303,12 @@ impl<'a> Collector<'a> {
     /// Makes sure that everything is on disk and that no input file changed meanwhile.
     pub fn finish(mut self, source: &Source) -> Result<Counts> {
         self.syncer.finish()?;
+        self.list_unlisted()?;
         self.counts.shards = self.shards.into_iter().flatten().collect();
-        self.rejected
-            .into_inner()
-            .map_err(std::io::IntoInnerError::into_error)
-            .and_then(|file| file.sync_all())
-            .map_err(|error| Error::io("write", &self.rejected_path, &error))?;
+        self.rejected.finish()?;
+        let path = self.segments.finish()?;
+        let num_bytes = path.metadata().map_err(|error| Error::io("read", &path, &error))?.len();
+        self.counts.segments = SegmentsInfo { num_bytes, sha256: sha256_of_file(&path)? };
         source.check_unchanged()?;
         Ok(self.counts)
     }

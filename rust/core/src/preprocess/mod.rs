@@ -6,6 +6,7 @@
 //! fastest may run ahead of the slowest, is decided in `schedule`.
 
 mod collect;
+mod reuse;
 mod schedule;
 mod worker;
 
@@ -24,6 +25,7 @@ use crate::source::Source;
 use crate::staging::Staging;
 use crate::tokenize::control::ControlPolicy;
 use collect::Collector;
+use reuse::Reuse;
 use schedule::Schedule;
 use worker::work;
 
@@ -104,6 +106,8 @@ pub struct Report {
     pub manifest: Manifest,
     /// Whether it was there already.
     pub is_reused: bool,
+    /// Samples that were taken from an older dataset, since their part of the input did not change.
+    pub num_reused_samples: u64,
     /// Wall time.
     pub elapsed: Duration,
 }
@@ -137,20 +141,27 @@ pub fn preprocess(
         Place::Directory { path, .. } => path.clone(),
         Place::Cache(path) => path.join(&fingerprint[..32]),
     };
-    let reuse = |manifest| Report { path: target.clone(), manifest, is_reused: true, elapsed: start.elapsed() };
+    let found = |manifest: Manifest| Report {
+        path: target.clone(),
+        num_reused_samples: manifest.num_samples,
+        manifest,
+        is_reused: true,
+        elapsed: start.elapsed(),
+    };
     // Before the lock, so that a dataset can be used where nothing can be written.
     if let Some(manifest) = find_dataset(&target, &fingerprint, options)? {
-        return Ok(reuse(manifest));
+        return Ok(found(manifest));
     }
     let progress = Progress { num_total_bytes: source.num_bytes(), ..Progress::default() };
     let staging = Staging::lock(&target, || on_progress(&progress))?;
     if let Some(manifest) = find_dataset(&target, &fingerprint, options)? {
-        return Ok(reuse(manifest));
+        return Ok(found(manifest));
     }
 
     let directory = staging.create()?;
     let collector = Collector::new(directory, files, options, TokenType::for_vocab(model.tokenizer.vocab_size()))?;
-    let counts = encode(options, num_threads, model, &source, collector, on_progress)?;
+    let reuse = Reuse::find(&options.place, &recipe);
+    let counts = encode(options, num_threads, model, &source, &reuse, collector, on_progress)?;
     let manifest = Manifest {
         format: DATASET_FORMAT.into(),
         format_version: FORMAT_VERSION,
@@ -167,19 +178,21 @@ pub fn preprocess(
         num_samples: counts.num_records - counts.num_rejected,
         num_rejected: counts.num_rejected,
         rejected_by_reason: counts.rejected_by_reason,
-        num_truncated: counts.num_truncated,
-        num_control_text: counts.num_control_text,
+        num_truncated: counts.tally.num_truncated,
+        num_control_text: counts.tally.num_control_text,
         num_tokens: counts.num_tokens,
         num_label_tokens: counts.num_label_tokens,
         files: counts.files,
         shards: counts.shards,
+        segments: counts.segments,
     };
     if manifest.num_samples == 0 {
         return Err(no_samples(&manifest));
     }
     manifest.write(directory)?;
     staging.publish()?;
-    Ok(Report { path: target, manifest, is_reused: false, elapsed: start.elapsed() })
+    let num_reused_samples = counts.num_reused_samples;
+    Ok(Report { path: target, manifest, is_reused: false, num_reused_samples, elapsed: start.elapsed() })
 }
 
 /// Runs the threads; the calling one collects.
@@ -188,6 +201,7 @@ fn encode(
     num_threads: usize,
     model: &Model,
     source: &Source,
+    reuse: &Reuse,
     mut collector: Collector<'_>,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<collect::Counts> {
@@ -196,7 +210,7 @@ fn encode(
         let (sender, receiver) = channel();
         for _ in 0..num_threads {
             let (sender, schedule) = (sender.clone(), &schedule);
-            scope.spawn(move || work(options, model, source, schedule, &sender));
+            scope.spawn(move || work(options, model, source, reuse, schedule, &sender));
         }
         drop(sender);
         let _close = schedule.close_on_drop(); // whatever happens below, no thread waits for ever
@@ -238,11 +252,7 @@ fn num_threads(options: &Options) -> Result<usize> {
 }
 
 /// Opens the input and hashes it, since a dataset is found by content.
-fn open(
-    options: &Options,
-    num_threads: usize,
-    on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
-) -> Result<Source> {
+fn open(options: &Options, num_threads: usize, on_progress: &mut dyn FnMut(&Progress) -> Result<()>) -> Result<Source> {
     let mut progress = Progress { is_hashing: true, ..Progress::default() };
     let mut last = Instant::now();
     Source::open(&options.files, chunk_bytes(options, num_threads), num_threads, |num_bytes, num_total_bytes| {

@@ -4,16 +4,18 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use super::reuse::Reuse;
 use super::schedule::{Job, Schedule, Task};
 use super::{OnError, Options};
 use crate::conversation::Conversation;
 use crate::error::{Error, ErrorClass, ErrorKind, Result};
 use crate::json;
+use crate::manifest::Sample;
 use crate::model::{Model, Sampler};
 use crate::sample::fit;
-use crate::shard::ShardInfo;
 use crate::shard::write::ShardWriter;
-use crate::source::{Chunk, RecordSpan, Source};
+use crate::shard::{ShardInfo, TokenIds};
+use crate::source::{Chunk, RecordSpan, Segment, Source};
 
 /// What became of a chunk. Lines count from the chunk's start.
 #[derive(Debug, Default)]
@@ -23,16 +25,39 @@ pub struct Batch {
     pub num_source_bytes: u64,
     pub num_newlines: u64,
     pub num_records: u64,
-    pub num_truncated: u64,
-    pub num_control_text: u64,
+    pub tally: Tally,
+    /// Samples that an older dataset had already.
+    pub num_reused: u64,
     /// Token ids of all samples, one after the other.
     pub ids: Vec<u32>,
     /// Runs of tokens that are trained on, counted from the first token of their sample.
     pub runs: Vec<Range<u32>>,
     pub samples: Vec<BatchSample>,
+    pub segments: Vec<SegmentResult>,
     pub rejects: Vec<Error>,
     /// The error that ends the work, if one does.
     pub fatal: Option<Error>,
+}
+
+/// What is to be reported of the samples.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    pub num_truncated: u64,
+    pub num_control_text: u64,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.num_truncated += other.num_truncated;
+        self.num_control_text += other.num_control_text;
+    }
+}
+
+/// What became of a segment; see [`Segment`](crate::manifest::Segment).
+#[derive(Debug)]
+pub struct SegmentResult {
+    pub blake3: Option<blake3::Hash>,
+    pub num_samples: u64,
 }
 
 /// One sample of a [`Batch`].
@@ -63,12 +88,20 @@ pub enum Event {
 }
 
 /// Does what the schedule says until the work is over or something is wrong.
-pub fn work(options: &Options, model: &Model, source: &Source, schedule: &Schedule, sender: &Sender<Result<Event>>) {
+pub fn work(
+    options: &Options,
+    model: &Model,
+    source: &Source,
+    reuse: &Reuse,
+    schedule: &Schedule,
+    sender: &Sender<Result<Event>>,
+) {
     let _guard = schedule.close_on_panic();
     let mut worker = Worker {
         options,
         model,
         source,
+        reuse,
         schedule,
         sampler: Sampler::new(model, options.control_tokens),
         chunk: Chunk::default(),
@@ -88,6 +121,7 @@ struct Worker<'a> {
     options: &'a Options,
     model: &'a Model,
     source: &'a Source,
+    reuse: &'a Reuse,
     schedule: &'a Schedule,
     sampler: Sampler<'a>,
     chunk: Chunk,
@@ -117,29 +151,84 @@ impl Worker<'_> {
     }
 
     fn encode_chunk(&mut self) -> Batch {
-        let Self { options, model, chunk, sampler, .. } = self;
-        let path = self.source.file(chunk.file).0;
         let mut batch = Batch {
-            sequence: chunk.sequence,
-            file: chunk.file,
-            num_source_bytes: chunk.num_source_bytes,
-            num_newlines: chunk.num_newlines,
+            sequence: self.chunk.sequence,
+            file: self.chunk.file,
+            num_source_bytes: self.chunk.num_source_bytes,
+            num_newlines: self.chunk.num_newlines,
             ids: self.spare_ids.pop().unwrap_or_default(),
             ..Batch::default()
         };
-        for record in &chunk.records {
+        for number in 0..self.chunk.segments.len() {
+            let Segment { bytes, records } = self.chunk.segments[number].clone();
+            let blake3 = blake3::hash(&self.chunk.bytes[bytes]);
+            let num_before = batch.samples.len();
+            let is_listed = match self.reuse.samples(&blake3, records.len()) {
+                Some(samples) => {
+                    samples.zip(&self.chunk.records[records]).for_each(|(sample, record)| batch.copy(&sample, record));
+                    true
+                }
+                None => {
+                    let (num_rejects, tally) = (batch.rejects.len(), batch.tally);
+                    self.encode_records(records, &mut batch);
+                    (num_rejects, tally) == (batch.rejects.len(), batch.tally)
+                }
+            };
+            let num_samples = (batch.samples.len() - num_before) as u64;
+            batch.segments.push(SegmentResult { blake3: is_listed.then_some(blake3), num_samples });
+            if batch.fatal.is_some() {
+                return batch;
+            }
+        }
+        if self.chunk.segments.is_empty() {
+            self.encode_records(0..self.chunk.records.len(), &mut batch);
+            batch.segments.push(SegmentResult { blake3: None, num_samples: batch.samples.len() as u64 });
+        }
+        batch
+    }
+
+    /// Turns some of the chunk's records into samples and rejects, up to the first error that ends the work.
+    fn encode_records(&mut self, records: Range<usize>, batch: &mut Batch) {
+        let Self { options, model, chunk, sampler, .. } = self;
+        for record in &chunk.records[records] {
             batch.num_records += 1;
-            let Err(error) = encode_record(options, model, chunk, record, sampler, &mut batch) else { continue };
+            let Err(error) = encode_record(options, model, chunk, record, sampler, batch) else { continue };
             let position = chunk.position(record, error.offset().unwrap_or(0));
-            let error = error.with_path(path).with_position(position);
+            let error = error.with_path(self.source.file(chunk.file).0).with_position(position);
             let is_wrong = !ErrorKind::LEFT_OUT.contains(&error.kind());
             if error.kind().class() != ErrorClass::Input || (options.on_error == OnError::Raise && is_wrong) {
                 batch.fatal = Some(error);
-                return batch;
+                return;
             }
             batch.rejects.push(error);
         }
-        batch
+    }
+}
+
+impl Batch {
+    /// Takes the sample of an older dataset for that of `record`.
+    fn copy(&mut self, sample: &Sample<'_>, record: &RecordSpan) {
+        match sample.token_ids {
+            TokenIds::U16(ids) => self.ids.extend(ids.iter().map(|&id| u32::from(id))),
+            TokenIds::U32(ids) => self.ids.extend_from_slice(ids),
+        }
+        let num_runs_before = self.runs.len();
+        let mut was_label = false;
+        for (token, is_label) in (0..).zip(sample.label_mask()) {
+            match (was_label, is_label) {
+                (false, true) => self.runs.push(token..token + 1),
+                (true, true) => self.runs[num_runs_before..].last_mut().expect("it was pushed").end += 1,
+                _ => {}
+            }
+            was_label = is_label;
+        }
+        self.samples.push(BatchSample {
+            num_tokens: sample.token_ids.len() as u32,
+            num_runs: (self.runs.len() - num_runs_before) as u32,
+            line: record.position.line,
+        });
+        self.num_records += 1;
+        self.num_reused += 1;
     }
 }
 
@@ -166,8 +255,8 @@ fn encode_record(
 
     let num_tokens = sampler.tokens.ids.len();
     let kept = fit(num_tokens, &mut sampler.tokens.runs, options.sequence_length, options.too_long)?;
-    batch.num_truncated += u64::from(kept < num_tokens);
-    batch.num_control_text += u64::from(!sampler.control_text.is_empty());
+    batch.tally.num_truncated += u64::from(kept < num_tokens);
+    batch.tally.num_control_text += u64::from(!sampler.control_text.is_empty());
     batch.ids.extend_from_slice(&sampler.tokens.ids[..kept]);
     batch.runs.extend_from_slice(&sampler.tokens.runs);
     batch.samples.push(BatchSample {
