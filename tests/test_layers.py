@@ -35,7 +35,7 @@ HEAVY = {"accelerate", "deepspeed", "peft", "ray", "tensorboard", "torch", "tran
 RUST_LAYERS = [
     {"error", "json", "random"},
     {"hash"},
-    {"source", "conversation", "tokenize", "staging", "shard", "pack"},
+    {"source", "conversation", "tokenize", "staging", "shard", "listing", "pack"},
     {"plan", "template", "sample", "manifest"},
     {"model", "batch"},
     {"preprocess", "assemble"},

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::sha256_of_file;
+use crate::listing::Listing;
 use crate::manifest::{
-    DATASET_FORMAT, Dataset, FORMAT_VERSION, Manifest, Occupant, REJECTED_NAME, Recipe, SourceInfo, shard_name,
+    DATASET_FORMAT, Dataset, FORMAT_VERSION, Manifest, Occupant, REJECTED_NAME, Recipe, SEGMENTS_NAME, Segment,
+    SourceInfo, shard_name,
 };
 use crate::shard::write::{ShardIndex, ShardWriter};
 use crate::shard::{ShardInfo, TokenType};
@@ -136,8 +138,9 @@ impl Assembler {
             return Err(Error::new(ErrorKind::NoRecords, "expected samples, found none"));
         }
         self.shards.push(finish_shard(self.shard)?);
-        let rejected = self.directory.join(REJECTED_NAME);
-        std::fs::write(&rejected, "").map_err(|error| Error::io("write", &rejected, &error))?;
+        Listing::create(&self.directory, REJECTED_NAME)?.finish()?;
+        let mut segments = Listing::create(&self.directory, SEGMENTS_NAME)?;
+        segments.push(&Segment { blake3: None, num_samples })?;
         let Description { sequence_length, vocab_size, pad_token_id, tokenizer } = self.description;
         let tokenizer_file = Path::new(&tokenizer).join("tokenizer.json");
         let recipe = Recipe {
@@ -182,6 +185,7 @@ impl Assembler {
             num_label_tokens: self.num_label_tokens,
             sample_tokens: quantiles(self.lengths),
             shards: self.shards,
+            segments: segments.finish()?,
         };
         manifest.write(&self.directory)?;
         self.staging.publish()?;

@@ -11,6 +11,7 @@ pub mod conversation;
 pub mod error;
 pub mod hash;
 pub mod json;
+pub mod listing;
 pub mod manifest;
 pub mod model;
 pub mod pack;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::{sha256, sha256_of_file};
+use crate::listing::ListingInfo;
 use crate::shard::{Shard, ShardInfo, TokenIds, TokenType};
 
 /// File name of the manifest. It is written last: where it is, the dataset is whole.
@@ -37,16 +38,6 @@ pub struct SourceInfo {
     pub blake3: String,
     /// Records found.
     pub num_records: u64,
-}
-
-/// The list of segments: size and checksum.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SegmentsInfo {
-    /// Size in bytes.
-    pub num_bytes: u64,
-    /// SHA-256 of the file, in hexadecimal.
-    pub sha256: String,
 }
 
 /// A line of the list of segments: successive records of one file that are next to each other.
@@ -141,7 +132,7 @@ pub struct Manifest {
     /// The shards, in the order of the samples.
     pub shards: Vec<ShardInfo>,
     /// The list of segments.
-    pub segments: SegmentsInfo,
+    pub segments: ListingInfo,
 }
 
 impl Manifest {
@@ -418,7 +409,7 @@ impl Dataset {
         let path = self.directory.join(SEGMENTS_NAME);
         let damaged =
             |what: String| Error::new(ErrorKind::Dataset, format!("damaged list of segments: {what}")).with_path(&path);
-        let SegmentsInfo { num_bytes, sha256 } = &self.manifest.segments;
+        let ListingInfo { num_bytes, sha256 } = &self.manifest.segments;
         match std::fs::metadata(&path) {
             Ok(metadata) if metadata.is_file() && metadata.len() == *num_bytes => {}
             Ok(metadata) if metadata.is_file() => {

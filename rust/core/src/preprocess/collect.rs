@@ -2,8 +2,6 @@
 //! counts for the manifest.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -13,8 +11,8 @@ use super::schedule::{Job, Schedule};
 use super::worker::{Batch, Event, SegmentResult, Tally};
 use super::{Options, Progress};
 use crate::error::{Error, ErrorKind, Position, Result};
-use crate::hash::sha256_of_file;
-use crate::manifest::{REJECTED_NAME, SEGMENTS_NAME, Segment, SegmentsInfo, SourceInfo, shard_name};
+use crate::listing::{Listing, ListingInfo};
+use crate::manifest::{REJECTED_NAME, SEGMENTS_NAME, Segment, SourceInfo, shard_name};
 use crate::shard::write::{ShardIndex, ShardWriter};
 use crate::shard::{ShardInfo, TokenType};
 use crate::source::Source;
@@ -31,7 +29,7 @@ pub struct Counts {
     pub num_label_tokens: u64,
     pub files: Vec<SourceInfo>,
     pub shards: Vec<ShardInfo>,
-    pub segments: SegmentsInfo,
+    pub segments: ListingInfo,
     /// Number of samples by length in tokens.
     lengths: BTreeMap<u32, u64>,
 }
@@ -88,31 +86,6 @@ pub struct Collector<'a> {
     num_unlisted: u64,
 }
 
-/// A file of JSON lines beside the shards.
-struct Listing {
-    path: PathBuf,
-    file: BufWriter<File>,
-}
-
-impl Listing {
-    fn create(path: PathBuf) -> Result<Self> {
-        let file = File::create(&path).map_err(|error| Error::io("write", &path, &error))?;
-        Ok(Self { path, file: BufWriter::new(file) })
-    }
-
-    fn push(&mut self, line: &impl serde::Serialize) -> Result<()> {
-        let written = serde_json::to_writer(&mut self.file, line).map_err(std::io::Error::from);
-        written.and_then(|()| self.file.write_all(b"\n")).map_err(|error| Error::io("write", &self.path, &error))
-    }
-
-    /// Makes sure that all lines are on disk.
-    fn finish(self) -> Result<PathBuf> {
-        let file = self.file.into_inner().map_err(std::io::IntoInnerError::into_error);
-        file.and_then(|file| file.sync_all()).map_err(|error| Error::io("write", &self.path, &error))?;
-        Ok(self.path)
-    }
-}
-
 impl<'a> Collector<'a> {
     /// A collector that writes into `directory`.
     pub fn new(directory: &Path, files: Vec<SourceInfo>, options: &'a Options, token_type: TokenType) -> Result<Self> {
@@ -129,8 +102,8 @@ impl<'a> Collector<'a> {
             open: BTreeMap::new(),
             shards: Vec::new(),
             syncer: Syncer::start(),
-            rejected: Listing::create(directory.join(REJECTED_NAME))?,
-            segments: Listing::create(directory.join(SEGMENTS_NAME))?,
+            rejected: Listing::create(directory, REJECTED_NAME)?,
+            segments: Listing::create(directory, SEGMENTS_NAME)?,
             num_unlisted: 0,
         })
     }
@@ -306,9 +279,7 @@ impl<'a> Collector<'a> {
         self.list_unlisted()?;
         self.counts.shards = self.shards.into_iter().flatten().collect();
         self.rejected.finish()?;
-        let path = self.segments.finish()?;
-        let num_bytes = path.metadata().map_err(|error| Error::io("read", &path, &error))?.len();
-        self.counts.segments = SegmentsInfo { num_bytes, sha256: sha256_of_file(&path)? };
+        self.counts.segments = self.segments.finish()?;
         source.check_unchanged()?;
         Ok(self.counts)
     }
