@@ -226,3 +226,80 @@ fn runs(mask: &[bool]) -> Vec<Range<u32>> {
     }
     runs
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::batch::{Arrays, fill, fill_plain};
+
+    fn description(vocab_size: u32) -> Description {
+        Description { sequence_length: 200, vocab_size, pad_token_id: 1, tokenizer: String::new() }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))] // each case waits for the disk
+
+        // Samples come out as they went in, are proved whole, and fill arrays alike with any instructions.
+        #[test]
+        fn what_goes_in_comes_out(
+            vocab_size in prop_oneof![Just(60_000u32), Just(70_000)],
+            samples in vec(vec((0..60_000u32, any::<bool>()), 2..200), 1..12),
+            shift_labels: bool,
+        ) {
+            let root = tempfile::tempdir().unwrap();
+            let path = root.path().join("out");
+            let files = vec!["a".into(), "b".into()];
+            let mut assembler = Assembler::new(&path, files, description(vocab_size), || Ok(())).unwrap();
+            let samples: Vec<(Vec<u32>, Vec<bool>)> = samples.into_iter().map(|tokens| {
+                let (ids, mut mask): (Vec<_>, Vec<_>) = tokens.into_iter().unzip();
+                *mask.last_mut().unwrap() = true;
+                (ids, mask)
+            }).collect();
+            for (number, (ids, mask)) in samples.iter().enumerate() {
+                assembler.push(ids, mask, number as u32 % 2, number as u32).unwrap();
+            }
+            let manifest = assembler.finish().unwrap();
+            let dataset = Dataset::open(&path).unwrap();
+            dataset.verify(|_| Ok(())).unwrap();
+            prop_assert_eq!(&manifest, dataset.manifest());
+            for (number, (ids, mask)) in samples.iter().enumerate() {
+                let sample = dataset.sample(number);
+                prop_assert_eq!(ids, &sample.token_ids.to_vec());
+                prop_assert_eq!(mask, &sample.label_mask().collect::<Vec<_>>());
+                prop_assert_eq!((["a", "b"][number % 2], number as u32), dataset.source(number).unwrap());
+            }
+
+            let rows: Vec<u32> = (0..samples.len() as u32).collect();
+            let width = samples.iter().map(|(ids, _)| ids.len()).sum::<usize>() + 3;
+            let arrays = |fill: &dyn Fn(Arrays<'_>) -> u64| {
+                let mut arrays = [vec![7; width], vec![7; width], vec![7; width]];
+                let [input_ids, labels, position_ids] = &mut arrays;
+                let num_labels = fill(Arrays { input_ids, labels, position_ids });
+                (arrays, num_labels)
+            };
+            let fast = arrays(&|arrays| fill(&dataset, &[&rows], width, shift_labels, arrays).num_label_tokens);
+            let plain = arrays(&|arrays| fill_plain(&dataset, &[&rows], width, shift_labels, arrays).num_label_tokens);
+            prop_assert_eq!(manifest.num_label_tokens, fast.1);
+            prop_assert_eq!(fast, plain);
+        }
+    }
+
+    // Given up, or refused in the middle, it leaves nothing.
+    #[test]
+    fn nothing_is_left() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("here/out");
+        let mut assembler = Assembler::new(&path, vec!["a".into()], description(10), || Ok(())).unwrap();
+        assembler.push(&[1, 2], &[false, true], 0, 1).unwrap();
+        for (ids, mask, file) in
+            [(vec![], vec![], 0), (vec![1, 10], vec![false, true], 0), (vec![1, 2], vec![true; 2], 1)]
+        {
+            assert_eq!(ErrorKind::Dataset, assembler.push(&ids, &mask, file, 1).unwrap_err().kind());
+        }
+        drop(assembler);
+        assert_eq!(0, std::fs::read_dir(root.path()).unwrap().count());
+    }
+}
