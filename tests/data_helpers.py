@@ -81,6 +81,14 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
+def fingerprint_of(manifest: dict[str, Any]) -> str:
+    """The fingerprint of what a manifest says, from docs/format.md alone."""
+    files = [[file["num_bytes"], file["blake3"]] for file in manifest["files"]]
+    content = [manifest["format"], manifest["format_version"], manifest["recipe"], files]
+    canonical = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def write_dataset(
     directory: Path,
     samples: Sequence[PlainSample],
@@ -137,7 +145,6 @@ def write_dataset(
     manifest = {
         "format": "sft-fast dataset",
         "format_version": 2,
-        "fingerprint": "0" * 64,
         "recipe": {
             "sequence_length": 1 << 20,
             "too_long": "reject",
@@ -172,5 +179,8 @@ def write_dataset(
         "shards": shards,
         "segments": {"num_bytes": len(segments), "sha256": hashlib.sha256(segments).hexdigest()},
     }
-    (directory / "manifest.json").write_text(json.dumps({**manifest, **changes}), encoding="utf-8")
+    manifest |= changes
+    if "fingerprint" not in changes:
+        manifest["fingerprint"] = fingerprint_of(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return directory

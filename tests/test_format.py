@@ -17,7 +17,15 @@ from safetensors import safe_open
 
 import sft_fast
 from sft_fast.errors import DatasetError
-from tests.data_helpers import PlainSample, contents, make_dataset, plain_samples, random_records, write_dataset
+from tests.data_helpers import (
+    PlainSample,
+    contents,
+    fingerprint_of,
+    make_dataset,
+    plain_samples,
+    random_records,
+    write_dataset,
+)
 
 SAMPLES: list[PlainSample] = [
     ([5, 6, 7], [False, True, True]),
@@ -115,11 +123,7 @@ def test_the_fingerprint_is_a_hash_of_what_decides_the_content(tokenizer_dir: Pa
     """The fingerprint is SHA-256 of format, version, recipe, and size and BLAKE3 of each file, as compact JSON."""
     manifest = make_dataset(tmp_path, tokenizer_dir, random_records(3)).manifest
 
-    files = [[file["num_bytes"], file["blake3"]] for file in manifest["files"]]
-    decides = [manifest["format"], manifest["format_version"], manifest["recipe"], files]
-    canonical = json.dumps(decides, separators=(",", ":"), ensure_ascii=False).encode()
-
-    assert manifest["fingerprint"] == hashlib.sha256(canonical).hexdigest()
+    assert manifest["fingerprint"] == fingerprint_of(manifest)
 
 
 @pytest.mark.parametrize(("vocab_size", "most_bytes"), [(300, 2.2), (70_000, 4.2)])
@@ -300,6 +304,38 @@ def test_verify_counts_samples_lengths_and_rejects(whole: Path) -> None:
     (whole / "rejected.jsonl").unlink()
     with pytest.raises(DatasetError, match=r"rejected\.jsonl"):
         sft_fast.verify(whole)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda manifest: manifest.update(fingerprint="1" * 64),
+        lambda manifest: manifest["recipe"].update(sequence_length=1 << 21),
+        lambda manifest: manifest["recipe"].update(prompt_key="question"),
+        lambda manifest: manifest["files"][0].update(blake3="1" * 64),
+        lambda manifest: manifest["files"][0].update(num_bytes=2),
+        lambda manifest: manifest["sample_tokens"].update(p90=3),
+        lambda manifest: manifest["sample_tokens"].pop("min"),
+        lambda manifest: manifest.update(num_label_tokens=5),
+        lambda manifest: manifest["shards"][0].update(sha256="1" * 64),
+    ],
+)
+def test_verify_proves_the_manifest(whole: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """What the manifest says of recipe, files and samples is proved against its fingerprint and the shards."""
+    sft_fast.verify(whole)
+    edit_manifest(whole, edit)
+    assert plain_samples(sft_fast.Dataset(whole)) == SAMPLES
+
+    with pytest.raises(DatasetError):
+        sft_fast.verify(whole)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 7, 99, 100, 700, 1000])
+def test_quantiles_are_those_of_the_page(tmp_path: Path, num_samples: int) -> None:
+    """For any number of samples the quantiles of a writer in Python, by whole numbers, are those of verify."""
+    samples: list[PlainSample] = [([5] * (2 + number), [True] * (2 + number)) for number in range(num_samples)]
+
+    sft_fast.verify(write_dataset(tmp_path / "dataset", samples))
 
 
 def test_verify_proves_the_list_of_segments(whole: Path) -> None:

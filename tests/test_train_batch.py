@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sft_fast.train.batch import IGNORED_LABEL, make_micro_batch
+from sft_fast.train.plan import validation_stream
 from tests.train_helpers import Workspace, dataset_of, samples_of, train_stream
 
 
@@ -73,3 +74,31 @@ def test_ranks_share_the_rows_of_a_step(workspace: Workspace) -> None:
 
         assert sorted(itertools.chain(*alone)) == sorted(itertools.chain(*itertools.chain(*ranks)))
         assert len(ranks[0]) == len(ranks[1])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_validation_has_every_sample_once(workspace: Workspace, world_size: int, packed: bool) -> None:
+    """Whatever the ranks, their validation batches together hold each sample once; each rank has as many batches."""
+    config = workspace.config(packed=packed, ranks=world_size, validation=True)
+    stream = validation_stream(config, dataset_of(config))
+    found, num_batches = [], set()
+    for rank in range(world_size):
+        batches = [
+            make_micro_batch(stream.batch(plan, index))
+            for plan in (
+                stream.step(
+                    step, rank=rank, world_size=world_size, rows_per_micro_batch=config.sft_train.infer_batch_size
+                )
+                for step in range(stream.num_steps)
+            )
+            for index in range(len(plan.micro_batches))
+        ]
+        num_batches.add(len(batches))
+        for batch in batches:
+            samples = batch.input_ids[0].split(list(batch.segment_lengths))
+            found += [ids.tolist() for ids in samples if batch.num_label_tokens]
+
+    assert sorted(found) == sorted(sample.input_ids.tolist() for sample in stream.dataset)
+    assert len(num_batches) == 1
+    assert stream.num_steps == stream.num_steps_per_epoch

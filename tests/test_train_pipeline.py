@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -324,5 +325,8 @@ def test_the_arithmetic_adds_up(workspace: Workspace) -> None:
     assert "3 packs a micro-batch x 2 micro-batches x 2 ranks = 12 packs" in table["global batch"]
     assert "at most 1,152 tokens" in table["global batch"]
     assert table["ranks"] == "2"
+    assert re.fullmatch(
+        r"the slowest rank takes [\d.]+% longer than the mean; packs dealt in order, [\d.]+%", table["balance"]
+    )
     assert table["steps"] == f"{stream.num_steps}, {stream.num_steps_per_epoch} an epoch"
     assert arithmetic.num_samples == 24

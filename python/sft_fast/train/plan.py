@@ -55,7 +55,9 @@ class BatchArithmetic:
     num_samples: int
     num_rows: int  # of the first epoch
     fill_ratio: float
-    imbalance: float  # by the cost model: how much longer than the mean rank the slowest takes
+    # By the cost model, how much longer than the mean rank the slowest takes: rows dealt in order, and as planned.
+    imbalance_in_order: float
+    imbalance: float
     num_steps_per_epoch: int
     num_steps: int
 
@@ -64,6 +66,7 @@ class BatchArithmetic:
         """The arithmetic of a run over `stream`."""
         packing = stream.packing(0)
         arguments = config.sft_train.training_args
+        imbalance_in_order, imbalance = stream.imbalance(config.data_parallel_size)
         return cls(
             world_size=config.sft_train.world_size,
             data_parallel_size=config.data_parallel_size,
@@ -74,7 +77,8 @@ class BatchArithmetic:
             num_samples=len(stream.dataset),
             num_rows=len(packing),
             fill_ratio=packing.fill_ratio,
-            imbalance=stream.imbalance(config.data_parallel_size)[1],
+            imbalance_in_order=imbalance_in_order,
+            imbalance=imbalance,
             num_steps_per_epoch=stream.num_steps_per_epoch,
             num_steps=stream.num_steps,
         )
@@ -98,5 +102,11 @@ class BatchArithmetic:
             ("steps", f"{count(self.num_steps)}, {count(self.num_steps_per_epoch)} an epoch"),
         ]
         if self.data_parallel_size > 1:
-            rows.append(("balance", f"the slowest rank takes {self.imbalance:.1%} longer than the mean"))
+            rows.append(
+                (
+                    "balance",
+                    f"the slowest rank takes {self.imbalance:.1%} longer than the mean; {row}s dealt in order, "
+                    f"{self.imbalance_in_order:.1%}",
+                )
+            )
         return rows

@@ -9,7 +9,7 @@ use crate::hash::sha256_of_file;
 use crate::listing::Listing;
 use crate::manifest::{
     DATASET_FORMAT, Dataset, FORMAT_VERSION, Manifest, Occupant, REJECTED_NAME, Recipe, SEGMENTS_NAME, Segment,
-    SourceInfo, shard_name,
+    SourceInfo, quantiles, shard_name,
 };
 use crate::shard::write::{ShardIndex, ShardWriter};
 use crate::shard::{ShardInfo, TokenType};
@@ -42,7 +42,9 @@ pub struct Assembler {
     shard: (ShardWriter, ShardIndex),
     shards: Vec<ShardInfo>,
     files: Vec<(SourceInfo, blake3::Hasher)>,
-    lengths: Vec<u32>,
+    /// Number of samples by length in tokens.
+    lengths: BTreeMap<u32, u64>,
+    num_samples: u64,
     num_label_tokens: u64,
 }
 
@@ -80,7 +82,8 @@ impl Assembler {
             token_type,
             shards: Vec::new(),
             files: files.into_iter().map(|path| (info(path), blake3::Hasher::new())).collect(),
-            lengths: Vec::new(),
+            lengths: BTreeMap::new(),
+            num_samples: 0,
             num_label_tokens: 0,
         })
     }
@@ -93,7 +96,7 @@ impl Assembler {
         assert_eq!(ids.len(), mask.len());
         let Description { sequence_length, vocab_size, .. } = self.description;
         let refuse = |what: String| {
-            let message = format!("{what} in sample {}", self.lengths.len());
+            let message = format!("{what} in sample {}", self.num_samples);
             Err(Error::new(ErrorKind::Dataset, message))
         };
         if ids.is_empty() {
@@ -126,14 +129,15 @@ impl Assembler {
         let (writer, index) = &mut self.shard;
         writer.write_tokens(index.num_tokens(), ids)?;
         index.push(ids.len() as u32, &runs(mask), file, line);
-        self.lengths.push(ids.len() as u32);
+        *self.lengths.entry(ids.len() as u32).or_default() += 1;
+        self.num_samples += 1;
         self.num_label_tokens += num_label_tokens;
         Ok(())
     }
 
     /// Puts the dataset in its place.
     pub fn finish(mut self) -> Result<Manifest> {
-        let num_samples = self.lengths.len() as u64;
+        let num_samples = self.num_samples;
         if num_samples == 0 {
             return Err(Error::new(ErrorKind::NoRecords, "expected samples, found none"));
         }
@@ -183,7 +187,7 @@ impl Assembler {
             num_control_text: 0,
             num_tokens: self.shards.iter().map(|shard| shard.num_tokens).sum(),
             num_label_tokens: self.num_label_tokens,
-            sample_tokens: quantiles(self.lengths),
+            sample_tokens: quantiles(&self.lengths),
             shards: self.shards,
             segments: segments.finish()?,
         };
@@ -202,15 +206,6 @@ fn finish_shard((writer, index): (ShardWriter, ShardIndex)) -> Result<ShardInfo>
     let info = writer.finish(index)?;
     writer.sync()?;
     Ok(info)
-}
-
-/// The smallest length that at least this share of the samples does not exceed.
-fn quantiles(mut lengths: Vec<u32>) -> BTreeMap<String, u32> {
-    lengths.sort_unstable();
-    let at = |percent: usize| lengths[(lengths.len() * percent).div_ceil(100).max(1) - 1];
-    [("min", 0), ("p50", 50), ("p90", 90), ("p99", 99), ("max", 100)]
-        .map(|(name, percent)| (name.to_owned(), at(percent)))
-        .into()
 }
 
 /// The runs of true values.

@@ -220,6 +220,25 @@ pub fn shard_name(number: usize) -> String {
     format!("shard-{number:05}.safetensors")
 }
 
+/// The lengths that at least this share of the samples does not exceed: `min`, `p50`, `p90`, `p99`, `max`.
+///
+/// `histogram`: number of samples by length in tokens.
+pub fn quantiles(histogram: &BTreeMap<u32, u64>) -> BTreeMap<String, u32> {
+    let total: u128 = histogram.values().map(|&count| u128::from(count)).sum();
+    let quantile = |percent: u128| {
+        let mut seen = 0;
+        let reaches = |&(_, &count): &(&u32, &u64)| {
+            seen += u128::from(count);
+            100 * seen >= percent * total
+        };
+        histogram.iter().find(reaches).map(|(&length, _)| length)
+    };
+    [("min", 0), ("p50", 50), ("p90", 90), ("p99", 99), ("max", 100)]
+        .into_iter()
+        .filter_map(|(name, percent)| Some((name.to_owned(), quantile(percent)?)))
+        .collect()
+}
+
 fn is_shard_name(name: &str) -> bool {
     let number = name.strip_prefix("shard-").and_then(|rest| rest.strip_suffix(".safetensors"));
     number.is_some_and(|number| number.len() >= 5 && number.bytes().all(|byte| byte.is_ascii_digit()))
@@ -457,7 +476,29 @@ impl Dataset {
         };
         self.segments()?;
         equal("label tokens", MANIFEST_NAME, self.manifest.num_label_tokens, num_label_tokens)?;
+        self.check_manifest().map_err(|what| {
+            Error::new(ErrorKind::Dataset, format!("damaged manifest: {what}"))
+                .with_path(&self.directory.join(MANIFEST_NAME))
+        })?;
         equal("lines", REJECTED_NAME, self.manifest.num_rejected, self.num_rejected_lines()?)
+    }
+
+    /// What the manifest says of the files and of all samples together.
+    fn check_manifest(&self) -> std::result::Result<(), String> {
+        let Manifest { fingerprint, recipe, files, sample_tokens, .. } = &self.manifest;
+        let expected = recipe.fingerprint(files);
+        if *fingerprint != expected {
+            return Err(format!("expected the fingerprint {expected} of its recipe and files, found {fingerprint}"));
+        }
+        let mut histogram = BTreeMap::new();
+        for &length in self.lengths() {
+            *histogram.entry(length).or_default() += 1;
+        }
+        let expected = quantiles(&histogram);
+        match *sample_tokens == expected {
+            true => Ok(()),
+            false => Err(format!("expected sample_tokens {expected:?}, found {sample_tokens:?}")),
+        }
     }
 
     /// The laws of one sample; its tokens with a loss.

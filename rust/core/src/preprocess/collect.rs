@@ -12,7 +12,7 @@ use super::worker::{Batch, Event, SegmentResult, Tally};
 use super::{Options, Progress};
 use crate::error::{Error, ErrorKind, Position, Result};
 use crate::listing::{Listing, ListingInfo};
-use crate::manifest::{REJECTED_NAME, SEGMENTS_NAME, Segment, SourceInfo, shard_name};
+use crate::manifest::{REJECTED_NAME, SEGMENTS_NAME, Segment, SourceInfo, quantiles, shard_name};
 use crate::shard::write::{ShardIndex, ShardWriter};
 use crate::shard::{ShardInfo, TokenType};
 use crate::source::Source;
@@ -35,22 +35,9 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Quantiles of the sample lengths: the smallest length that at least this share of the samples does not exceed.
+    /// Quantiles of the sample lengths.
     pub fn sample_tokens(&self) -> BTreeMap<String, u32> {
-        let total: u64 = self.lengths.values().sum();
-        let quantile = |share: f64| {
-            let wanted = (share * total as f64).ceil() as u64;
-            let mut seen = 0;
-            let reaches = |&(_, &count): &(&u32, &u64)| {
-                seen += count;
-                seen >= wanted
-            };
-            self.lengths.iter().find(reaches).map(|(&length, _)| length)
-        };
-        [("min", 0.0), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0)]
-            .into_iter()
-            .filter_map(|(name, share)| Some((name.to_owned(), quantile(share)?)))
-            .collect()
+        quantiles(&self.lengths)
     }
 }
 
