@@ -113,6 +113,8 @@ def test_options_reach_the_preprocessing(run_cli: Run, tokenizer_dir: Path, writ
         "num_threads": 1,
         "on_error": "skip",
         "control_tokens": "allow",
+        "train_on": "last_answer",
+        "dropped_thinking": "keep",
         "too_long": "truncate",
     }
     report = sft_fast.preprocess([path], tmp_path / "python", tokenizer=tokenizer_dir, **options)

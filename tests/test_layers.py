@@ -38,7 +38,8 @@ RUST_LAYERS = [
     {"source", "conversation", "tokenize", "staging", "shard", "listing", "pack"},
     {"plan", "template", "sample", "manifest"},
     {"model", "batch"},
-    {"preprocess", "assemble"},
+    {"sampler", "assemble"},
+    {"preprocess"},
 ]
 
 

@@ -93,7 +93,10 @@ def test_what_decides_the_content_decides_the_fingerprint(
         same.append(fingerprint())
     others = [
         fingerprint(files=[one, rest]), fingerprint(files=[rest, one]), fingerprint(files=[input_file, input_file]),
-        fingerprint(sequence_length=1023), fingerprint(too_long="truncate"), fingerprint(control_tokens="allow"),
+        fingerprint(sequence_length=1023), fingerprint(too_long="truncate"),
+        fingerprint(control_tokens="allow"), fingerprint(train_on="last_answer"),
+        fingerprint(train_on_tool_calls=False), fingerprint(train_on_thinking=False),
+        fingerprint(dropped_thinking="split"), fingerprint(too_long="truncate_turns"),
         fingerprint(system_key=None),
         fingerprint(query_key=None), fingerprint(query_key="x"), fingerprint(prompt_key="output"),
         fingerprint(response_key="instruction"), fingerprint(template="chatml"),

@@ -1,6 +1,6 @@
 """The Rust extension. Private: `sft_fast` wraps it and documents it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 
 import numpy as np
@@ -33,8 +33,8 @@ def preprocess(
     template_date: str | None,
     num_threads: int | None,
     on_error: str,
-    control_tokens: str,
     too_long: str,
+    policies: Mapping[str, str | bool],
     overwrite: bool,
     progress: Callable[[Progress], object] | None,
     chunk_bytes: int | None = None,
@@ -48,8 +48,10 @@ class ChatTemplate:
     @property
     def why_not_fast(self) -> str | None: ...
     def verdict(self) -> str: ...
-    def render(self, record: str) -> tuple[str, list[tuple[int, int]]]: ...
-    def encode(self, record: str, control_tokens: str) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]: ...
+    def render(self, record: str, policies: Mapping[str, str | bool]) -> tuple[str, list[tuple[int, int]]]: ...
+    def encode(
+        self, record: str, policies: Mapping[str, str | bool]
+    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]: ...
 
 class Assembler:
     def __new__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sft_fast import _core
 
@@ -77,16 +77,19 @@ class ChatTemplate:
 
     @property
     def verdict(self) -> dict[str, Any]:
-        """What is known of the template: `prefix_preserving`, `end_of_turn_trained`, `date_dependent`."""
+        """What is known of the template, as in the manifest: see `sft-fast validate`."""
         verdict: dict[str, Any] = json.loads(self._core.verdict())
         return verdict
 
-    def render(self, messages: Messages, tools: Sequence[Any] | None = None) -> tuple[str, list[tuple[int, int]]]:
+    def render(
+        self, messages: Messages, tools: Sequence[Any] | None = None, **policies: str | bool
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Render a conversation.
 
         Args:
             messages: Messages in OpenAI's shape, at least one of the assistant.
             tools: JSON schemas of tools that the model may call.
+            policies: What is trained on: arguments of `preprocess`.
 
         Returns:
             The text, and the spans `(start, end)` of it that are trained on, in bytes of its UTF-8 form.
@@ -94,21 +97,17 @@ class ChatTemplate:
         Raises:
             InputError: The conversation is wrong, or the template refuses it.
         """
-        return self._core.render(_as_record(messages, tools))
+        return self._core.render(_as_record(messages, tools), policies)
 
     def encode(
-        self,
-        messages: Messages,
-        tools: Sequence[Any] | None = None,
-        *,
-        control_tokens: Literal["plain", "reject", "allow"] = "plain",
+        self, messages: Messages, tools: Sequence[Any] | None = None, **policies: str | bool
     ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """Render and tokenise a conversation.
 
         Args:
             messages: Messages in OpenAI's shape, at least one of the assistant.
             tools: JSON schemas of tools that the model may call.
-            control_tokens: What becomes of text in a message that spells a control token; see `preprocess`.
+            policies: What is trained on, and what text that spells a control token becomes: arguments of `preprocess`.
 
         Returns:
             Token ids uint32 [n], and the label mask bool [n]: true where a token is trained on.
@@ -116,7 +115,7 @@ class ChatTemplate:
         Raises:
             InputError: The conversation is wrong, or the template or the tokenizer refuses it.
         """
-        return self._core.encode(_as_record(messages, tools), control_tokens)
+        return self._core.encode(_as_record(messages, tools), policies)
 
 
 def _as_record(messages: Messages, tools: Sequence[Any] | None) -> str:

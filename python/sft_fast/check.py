@@ -9,12 +9,13 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 import sft_fast
 from sft_fast.config import SFTConfig
-from sft_fast.console import count, size, two_columns
+from sft_fast.console import count, policy_rows, size, two_columns
 from sft_fast.data import resolve_files
 from sft_fast.errors import SftFastError
 from sft_fast.inspect.terminal import show_samples
@@ -81,6 +82,27 @@ def _batch_rows(config: SFTConfig, dataset: sft_fast.Dataset | None) -> list[tup
     ]
 
 
+def _template_rows(config: SFTConfig, verdict: dict[str, Any]) -> list[tuple[str, str]]:
+    """The verdict on the chat template: what it does to answers, and what follows for the training."""
+    opened = verdict["opens_thinking"]
+    thinking = "shown" if verdict["shows_thinking"] else "left out, or not known as a field"
+    earlier = f"left out: dropped_thinking={config.dropped_thinking}"
+    return [
+        ("name", config.template),
+        ("prefix-preserving", _yes(verdict["prefix_preserving"], "each answer stands where the model would write it")),
+        ("end of turn trained", _yes(verdict["end_of_turn_trained"], "an answer ends with a token that ends the turn")),
+        ("generation markers", _yes(verdict["has_generation_markers"], "the template says what is trained on")),
+        ("date-dependent", _yes(verdict["date_dependent"], f"template_date={config.template_date or 'today'}")),
+        ("thinking", thinking),
+        ("earlier thinking", earlier if verdict["drops_earlier_thinking"] else "as that of the last answer"),
+        ("prompt opens", opened or "no thought"),
+    ]
+
+
+def _yes(holds: bool, meaning: str) -> str:
+    return f"yes: {meaning}" if holds else "no"
+
+
 def _check_data(config: SFTConfig, name: str, paths: list[str], console: Console, num_samples: int) -> None:
     """Preprocesses the beginning of the files into a temporary directory and shows the first samples."""
     with tempfile.TemporaryDirectory(prefix="sft-fast-validate-") as scratch:
@@ -101,16 +123,13 @@ def _check_data(config: SFTConfig, name: str, paths: list[str], console: Console
                     ("records", count(report.num_records)),
                     ("rejected", count(report.num_rejected)),
                     *((f"  {reason}", count(number)) for reason, number in sorted(report.rejected_by_reason.items())),
-                    *(
-                        [("control text", f"in {count(report.num_control_text)} samples")]
-                        if report.num_control_text
-                        else []
-                    ),
+                    *policy_rows(report),
                     ("longest sample", f"{count(report.max_sample_tokens)} tokens"),
                 ],
             )
         )
         if name == "train":
+            console.print(two_columns("template", _template_rows(config, dataset.manifest["template_verdict"])))
             console.print(two_columns("batch", _batch_rows(config, dataset if is_whole else None)))
         if num_samples and report.num_samples:
             show_samples(dataset, console, num_samples=num_samples, renamed=heads)

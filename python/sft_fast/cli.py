@@ -92,13 +92,22 @@ def preprocess(
     on_error: Annotated[
         Literal["raise", "skip"], typer.Option(help="What to do with a record that is wrong.")
     ] = "raise",
+    too_long: Annotated[
+        Literal["reject", "truncate_turns", "truncate"], typer.Option(help="What to do with a sample that is too long.")
+    ] = "reject",
     control_tokens: Annotated[
         Literal["plain", "reject", "allow"],
         typer.Option(help="What becomes of text in a record that spells a control token."),
     ] = "plain",
-    too_long: Annotated[
-        Literal["reject", "truncate"], typer.Option(help="What to do with a sample that is too long.")
-    ] = "reject",
+    train_on: Annotated[
+        Literal["all_answers", "last_answer"], typer.Option(help="Which answers of a conversation are trained on.")
+    ] = "all_answers",
+    train_on_tool_calls: Annotated[bool, typer.Option(help="Train on answers that call tools.")] = True,
+    train_on_thinking: Annotated[bool, typer.Option(help="Train on the thinking of answers.")] = True,
+    dropped_thinking: Annotated[
+        Literal["skip", "split", "reject", "keep"],
+        typer.Option(help="What becomes of an answer whose thinking the template leaves out."),
+    ] = "skip",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
     as_json: AsJson = False,
     config_path: ConfigPath = ".",
@@ -144,8 +153,12 @@ def preprocess(
             template_date=template_date,
             num_threads=num_threads,
             on_error=on_error,
-            control_tokens=control_tokens,
             too_long=too_long,
+            control_tokens=control_tokens,
+            train_on=train_on,
+            train_on_tool_calls=train_on_tool_calls,
+            train_on_thinking=train_on_thinking,
+            dropped_thinking=dropped_thinking,
             overwrite=overwrite,
             progress=progress,
         )

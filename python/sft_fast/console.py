@@ -167,8 +167,7 @@ def report_table(report: Report, title: str) -> Table:
             ),
             ("rejected", count(report.num_rejected)),
             *rejected,
-            *([("truncated", count(report.num_truncated))] if report.num_truncated else []),
-            *([("control text", f"in {count(report.num_control_text)} samples")] if report.num_control_text else []),
+            *policy_rows(report),
             ("tokens", count(report.num_tokens)),
             ("label tokens", f"{count(report.num_label_tokens)} ({share:.1%})"),
             ("longest sample", f"{count(report.max_sample_tokens)} tokens"),
@@ -176,6 +175,18 @@ def report_table(report: Report, title: str) -> Table:
             ("data set", str(report.path)),
         ],
     )
+
+
+def policy_rows(report: Report) -> list[tuple[str, str]]:
+    """What the policies did to the samples, where they did something."""
+    rows = [
+        ("split", report.num_split_samples, "samples beyond the first of their record"),
+        ("truncated", report.num_truncated, "samples"),
+        ("cut answers", report.num_cut_answers, "samples end within an answer"),
+        ("skipped answers", report.num_skipped_answers, "whose thinking the template leaves out"),
+        ("control text", report.num_control_text, "samples spell a control token, encoded as ordinary text"),
+    ]
+    return [(name, f"{count(number)} {what}") for name, number, what in rows if number]
 
 
 def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:

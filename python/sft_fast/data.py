@@ -27,7 +27,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `preprocess` made: `num_records == num_samples + num_rejected`."""
+    """What `preprocess` made: `num_records == num_samples - num_split_samples + num_rejected`."""
 
     path: str
     """Directory of the dataset."""
@@ -39,7 +39,13 @@ class Report:
     rejected_by_reason: dict[str, int]
     """Records left out by reason code; each is a line of `rejected.jsonl`."""
     num_truncated: int
-    """Samples that lost their end to `sequence_length`; 0 unless `too_long="truncate"`."""
+    """Samples that lost their end to `sequence_length`, by `too_long="truncate_turns"` or `"truncate"`."""
+    num_cut_answers: int
+    """Samples whose last answer lost its end, by `too_long="truncate"`."""
+    num_split_samples: int
+    """Samples of a record beyond its first, by `dropped_thinking="split"`."""
+    num_skipped_answers: int
+    """Answers that are not trained on because the template leaves out their thinking."""
     num_control_text: int
     """Samples with text that spells a control token and was encoded as ordinary text (`control_tokens="plain"`)."""
     num_tokens: int
@@ -83,8 +89,12 @@ def preprocess(
     template_date: str | None = None,
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
+    too_long: Literal["reject", "truncate_turns", "truncate"] = "reject",
     control_tokens: Literal["plain", "reject", "allow"] = "plain",
-    too_long: Literal["reject", "truncate"] = "reject",
+    train_on: Literal["all_answers", "last_answer"] = "all_answers",
+    train_on_tool_calls: bool = True,
+    train_on_thinking: bool = True,
+    dropped_thinking: Literal["skip", "split", "reject", "keep"] = "skip",
     overwrite: bool = False,
     progress: Callable[[Progress], object] | None = None,
 ) -> Report:
@@ -108,9 +118,16 @@ def preprocess(
         num_threads: Threads that encode; one for each core by default.
         on_error: `raise` stops at the first wrong record; `skip` leaves wrong records out, lists them in
             `rejected.jsonl` and counts them.
+        too_long: A sample of more than `sequence_length` tokens: `reject` leaves it out, `truncate_turns` leaves out
+            its last turns so that it ends with a whole answer, `truncate` cuts it; all are counted.
         control_tokens: Text in a record that spells a control token, such as `<|im_end|>`: `plain` encodes it as
             ordinary text, `reject` leaves the record out and counts it, `allow` does as transformers.
-        too_long: `reject` leaves samples over `sequence_length` out and counts them; `truncate` cuts and counts them.
+        train_on: `all_answers` of a conversation, or the `last_answer` alone.
+        train_on_tool_calls: Whether answers are trained on that call tools.
+        train_on_thinking: Whether the thinking of an answer is trained on.
+        dropped_thinking: An answer whose thinking the template leaves out of the text: `skip` does not train on it,
+            `split` makes a sample of the conversation up to it, `reject` leaves the record out, `keep` trains on what
+            is there.
         overwrite: Whether another dataset in `output_dir` may be replaced.
         progress: Called about ten times a second with the state of the work; an exception stops it.
 
@@ -128,8 +145,9 @@ def preprocess(
     return _preprocess(output_dir, in_cache=False, overwrite=overwrite, files=files, tokenizer=tokenizer,
                        template=template, sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
                        query_key=query_key, response_key=response_key, template_date=template_date,
-                       num_threads=num_threads, on_error=on_error, control_tokens=control_tokens,
-                       too_long=too_long, progress=progress)  # fmt: skip
+                       num_threads=num_threads, on_error=on_error, too_long=too_long, control_tokens=control_tokens,
+                       train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
+                       dropped_thinking=dropped_thinking, progress=progress)  # fmt: skip
 
 
 def ensure_dataset(
@@ -146,8 +164,12 @@ def ensure_dataset(
     template_date: str | None = None,
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
+    too_long: Literal["reject", "truncate_turns", "truncate"] = "reject",
     control_tokens: Literal["plain", "reject", "allow"] = "plain",
-    too_long: Literal["reject", "truncate"] = "reject",
+    train_on: Literal["all_answers", "last_answer"] = "all_answers",
+    train_on_tool_calls: bool = True,
+    train_on_thinking: bool = True,
+    dropped_thinking: Literal["skip", "split", "reject", "keep"] = "skip",
     progress: Callable[[Progress], object] | None = None,
 ) -> Report:
     """Find the dataset of these files and settings in `cache_dir`, or make it there.
@@ -163,7 +185,9 @@ def ensure_dataset(
             cache_dir, in_cache=True, overwrite=False, files=files, tokenizer=tokenizer, template=template,
             sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key, query_key=query_key,
             response_key=response_key, template_date=template_date, num_threads=num_threads, on_error=on_error,
-            control_tokens=control_tokens, too_long=too_long, progress=progress,
+            too_long=too_long, control_tokens=control_tokens,
+                       train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
+                       dropped_thinking=dropped_thinking, progress=progress,
         )  # fmt: skip
         if lease.keep(report.path):
             return report
@@ -176,14 +200,23 @@ def _preprocess(
     files: str | PathLike[str] | Sequence[str | PathLike[str]],
     sequence_length: int,
     num_threads: int | None,
+    control_tokens: str,
+    train_on: str,
+    train_on_tool_calls: bool,
+    train_on_thinking: bool,
+    dropped_thinking: str,
     **arguments: Any,
 ) -> Report:
     check_number("sequence_length", sequence_length, 2, 2**32 - 1)
     if num_threads is not None:
         check_number("num_threads", num_threads, 1, 1024)
     path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = _core.preprocess(
-        resolve_files(files), output_dir, sequence_length=sequence_length, num_threads=num_threads, **arguments
-    )
+        resolve_files(files), output_dir, sequence_length=sequence_length, num_threads=num_threads,
+        policies={
+            "control_tokens": control_tokens, "train_on": train_on, "train_on_tool_calls": train_on_tool_calls,
+            "train_on_thinking": train_on_thinking, "dropped_thinking": dropped_thinking,
+        }, **arguments,
+    )  # fmt: skip
     manifest = json.loads(manifest_json)
     return Report(
         path=fspath(path),
@@ -199,7 +232,7 @@ def _preprocess(
 
 _REPORTED = (
     "fingerprint", "num_records", "num_samples", "num_rejected", "rejected_by_reason", "num_truncated",
-    "num_control_text", "num_tokens", "num_label_tokens",
+    "num_cut_answers", "num_split_samples", "num_skipped_answers", "num_control_text", "num_tokens", "num_label_tokens",
 )  # fmt: skip
 
 

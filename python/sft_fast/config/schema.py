@@ -294,9 +294,24 @@ class SFTConfig:
     """Text in a record that spells a control token, such as `<|im_end|>`: `plain` encodes it as ordinary text, `reject`
     leaves the record out and counts it, `allow` makes it that token as transformers does. Ours."""
 
-    too_long: Literal["reject", "truncate"] = "reject"
-    """A sample of more than `sequence_length` tokens: `reject` leaves it out and counts it, `truncate` cuts its end.
-    Ours."""
+    too_long: Literal["reject", "truncate_turns", "truncate"] = "reject"
+    """A sample of more than `sequence_length` tokens: `reject` leaves it out, `truncate_turns` leaves out its last
+    turns so that it ends with a whole answer, `truncate` cuts its end; all are counted. Ours."""
+
+    train_on: Literal["all_answers", "last_answer"] = "all_answers"
+    """Which answers of a conversation are trained on. A record can take out more: `weight: 0` or `train: false` in a
+    message. Ours."""
+
+    train_on_tool_calls: bool = True
+    """Whether answers are trained on that call tools. Ours."""
+
+    train_on_thinking: bool = True
+    """Whether the thinking of an answer is trained on. Ours."""
+
+    dropped_thinking: Literal["skip", "split", "reject", "keep"] = "skip"
+    """An answer whose thinking the chat template leaves out of the text, as many do for earlier turns: `skip` does not
+    train on it and counts it, `split` makes a sample of the conversation up to it, `reject` leaves the record out,
+    `keep` trains on what the template writes. Ours."""
 
     notes: list[str] = field(default_factory=list, init=False, compare=False)
     """What the reader of the configuration should be told once; filled by `load_config`, not a key."""
@@ -361,8 +376,12 @@ class SFTConfig:
             "template_date": self.template_date,
             "num_threads": self.sft_train.data_args.preprocessing_num_workers,
             "on_error": self.on_error,
-            "control_tokens": self.control_tokens,
             "too_long": self.too_long,
+            "control_tokens": self.control_tokens,
+            "train_on": self.train_on,
+            "train_on_tool_calls": self.train_on_tool_calls,
+            "train_on_thinking": self.train_on_thinking,
+            "dropped_thinking": self.dropped_thinking,
         }
 
     @property

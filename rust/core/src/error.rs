@@ -30,6 +30,8 @@ pub enum ErrorKind {
     TemplateFailed,
     /// The text before an answer is not what the model would see when it generates that answer.
     MaskUnproved,
+    /// The template leaves out the thinking of the answers, and nothing else is to be learned.
+    ThinkingDropped,
     /// The record spells a control token, and `control_tokens` says to leave such records out, or the text can't be kept
     /// from becoming one.
     ControlText,
@@ -94,6 +96,7 @@ impl ErrorKind {
             Self::TemplateFailed => "template_failed",
             Self::MaskUnproved => "mask_unproved",
             Self::ControlText => "control_text",
+            Self::ThinkingDropped => "thinking_dropped",
             Self::TooLong => "too_long",
             Self::NoLabelTokens => "no_label_tokens",
             Self::EncodeFailed => "encode_failed",

@@ -19,6 +19,7 @@ pub mod plan;
 pub mod preprocess;
 mod random;
 pub mod sample;
+pub mod sampler;
 pub mod shard;
 pub mod source;
 pub mod staging;

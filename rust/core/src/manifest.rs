@@ -56,10 +56,18 @@ pub struct Segment {
 pub struct Recipe {
     /// Longest sample, in tokens.
     pub sequence_length: u32,
-    /// `reject` or `truncate`.
+    /// `reject`, `truncate_turns` or `truncate`.
     pub too_long: String,
     /// What becomes of text that spells a control token: `plain`, `reject` or `allow`.
     pub control_tokens: String,
+    /// Which answers are trained on: `all_answers` or `last_answer`.
+    pub train_on: String,
+    /// Whether answers are trained on that call tools.
+    pub train_on_tool_calls: bool,
+    /// Whether the thinking of an answer is trained on.
+    pub train_on_thinking: bool,
+    /// What becomes of an answer whose thinking the template leaves out: `skip`, `split`, `reject` or `keep`.
+    pub dropped_thinking: String,
     /// Field of the system prompt.
     pub system_key: Option<String>,
     /// Field of the prompt.
@@ -119,10 +127,16 @@ pub struct Manifest {
     pub num_rejected: u64,
     /// Records left out, by reason code.
     pub rejected_by_reason: BTreeMap<String, u64>,
+    /// Samples of a record beyond its first.
+    pub num_split_samples: u64,
     /// Samples that lost their end.
     pub num_truncated: u64,
+    /// Samples whose last answer lost its end.
+    pub num_cut_answers: u64,
     /// Samples with text that spells a control token and was encoded as ordinary text.
     pub num_control_text: u64,
+    /// Answers that are not trained on because the template leaves out their thinking.
+    pub num_skipped_answers: u64,
     /// Tokens of all samples.
     pub num_tokens: u64,
     /// Tokens with a loss.
@@ -168,7 +182,8 @@ impl Manifest {
             _ => Err(format!("expected {what} to add up to {expected}, found {found:?}")),
         };
         let kept_and_rejected = self.num_samples.checked_add(self.num_rejected);
-        equal("samples and rejected records", self.num_records, kept_and_rejected)?;
+        let kept_and_rejected = kept_and_rejected.and_then(|sum| sum.checked_sub(self.num_split_samples));
+        equal("samples but the split ones, and rejected records,", self.num_records, kept_and_rejected)?;
         equal("records of the files", self.num_records, sum(self.files.iter().map(|file| file.num_records)))?;
         equal("rejects by reason", self.num_rejected, sum(self.rejected_by_reason.values().copied()))?;
         equal("samples of the shards", self.num_samples, sum(self.shards.iter().map(|shard| shard.num_samples)))?;

@@ -1,14 +1,11 @@
 //! What preprocessing takes from a model directory: its tokenizer and its chat template, and their identity.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::conversation::Conversation;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::hash::{sha256, sha256_of_file};
-use crate::template::{self, ChatTemplate, DateTime, Rendered};
-use crate::tokenize::control::{ControlPolicy, ControlTokens};
-use crate::tokenize::{self, Encode, Input, Tokenizer, Tokens};
+use crate::template::{self, ChatTemplate, DateTime};
+use crate::tokenize::{self, Tokenizer};
 
 /// A tokenizer and the chat template that goes with it.
 pub struct Model {
@@ -60,66 +57,4 @@ impl Model {
             pad_token_id,
         })
     }
-}
-
-/// One thread's buffers on the way from a conversation to tokens.
-pub struct Sampler<'a> {
-    encoder: Box<dyn Encode + 'a>,
-    control_tokens: ControlPolicy,
-    /// The last text and its label spans.
-    pub rendered: Rendered,
-    /// Where the record spells control tokens in the last text; empty if they are allowed.
-    pub control_text: Vec<Range<usize>>,
-    /// The tokens of the last text.
-    pub tokens: Tokens,
-}
-
-impl<'a> Sampler<'a> {
-    /// Buffers for `model`.
-    pub fn new(model: &'a Model, control_tokens: ControlPolicy) -> Self {
-        Self {
-            encoder: model.tokenizer.encoder(),
-            control_tokens,
-            rendered: Rendered::default(),
-            control_text: Vec::new(),
-            tokens: Tokens::default(),
-        }
-    }
-
-    /// Renders and encodes `conversation` into the buffers.
-    pub fn sample(&mut self, model: &Model, conversation: &Conversation<'_>) -> Result<()> {
-        model.template.render(conversation, &mut self.rendered)?;
-        let Rendered { text, spans, stretches, .. } = &self.rendered;
-        if self.control_tokens == ControlPolicy::Allow {
-            let source = Input { text, spans, ..Input::default() };
-            return self.encoder.encode(source, &mut self.tokens);
-        }
-        let control = model.tokenizer.control_tokens();
-        control
-            .find(text, stretches, &mut self.control_text)
-            .map_err(|error| in_message(error, conversation, control))?;
-        if let (ControlPolicy::Reject, Some(found)) = (self.control_tokens, self.control_text.first()) {
-            let message =
-                format!("expected no control token in the text of a record, found '{}'", &text[found.clone()]);
-            let error = Error::new(ErrorKind::ControlText, message);
-            return Err(in_message(error, conversation, control));
-        }
-        let source = Input { text, spans, plain: &self.control_text, stretches };
-        self.encoder.encode(source, &mut self.tokens).map_err(|error| match error.kind() {
-            ErrorKind::ControlText => in_message(error, conversation, control),
-            _ => error,
-        })
-    }
-}
-
-/// Places an error at the first text of a message that spells a control token.
-fn in_message(error: Error, conversation: &Conversation<'_>, control: &ControlTokens) -> Error {
-    for (index, message) in conversation.messages.iter().enumerate() {
-        for member in &message.fields {
-            if member.value.as_str().is_some_and(|text| control.is_in(text)) {
-                return error.at_offset(member.value.offset).at_location(format!("messages[{index}].{}", member.key));
-            }
-        }
-    }
-    error
 }

@@ -9,36 +9,67 @@ use crate::error::{Error, ErrorKind, Result};
 pub enum TooLong {
     /// Leave it out, and count it.
     Reject,
-    /// Keep its first `sequence_length` tokens, and count it. The last answer may lose its end.
+    /// Leave out its last turns, so that it ends with a whole answer, and count it; leave it out if not even its first
+    /// answer fits.
+    TruncateTurns,
+    /// Keep its first `sequence_length` tokens, and count it. The last answer may lose its end, which is counted too.
     Truncate,
 }
 
-/// Applies `policy` to a sample of `num_tokens` tokens: how many of its first tokens are kept. `runs` is cut with it.
+impl TooLong {
+    /// The policy of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Reject, Self::TruncateTurns, Self::Truncate].into_iter().find(|policy| policy.as_str() == name)
+    }
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Reject => "reject",
+            Self::TruncateTurns => "truncate_turns",
+            Self::Truncate => "truncate",
+        }
+    }
+}
+
+/// What of a sample is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fit {
+    /// How many of its first tokens.
+    pub num_tokens: usize,
+    /// Whether there were more.
+    pub is_cut: bool,
+    /// Whether the cut goes through an answer.
+    pub is_answer_cut: bool,
+}
+
+/// Applies `policy` to a sample of `num_tokens` tokens. `runs` is cut with it.
 ///
 /// # Errors
-/// [`ErrorKind::TooLong`] by [`TooLong::Reject`]; [`ErrorKind::NoLabelTokens`] where nothing would be learned. The first
-/// token has nothing before it to be predicted from, so it does not count as learned.
-pub fn fit(num_tokens: usize, runs: &mut Vec<Range<u32>>, sequence_length: u32, policy: TooLong) -> Result<usize> {
-    let mut kept = num_tokens;
-    if num_tokens > sequence_length as usize {
-        if policy == TooLong::Reject {
+/// [`ErrorKind::TooLong`] by all policies but [`TooLong::Truncate`]; [`ErrorKind::NoLabelTokens`] where nothing would be
+/// learned. The first token has nothing before it to be predicted from, so it does not count as learned.
+pub fn fit(num_tokens: usize, runs: &mut Vec<Range<u32>>, sequence_length: u32, policy: TooLong) -> Result<Fit> {
+    let mut fit = Fit { num_tokens, is_cut: num_tokens > sequence_length as usize, is_answer_cut: false };
+    if fit.is_cut {
+        if policy != TooLong::Truncate {
             let message = format!("expected at most {sequence_length} tokens, found {num_tokens}");
             return Err(Error::new(ErrorKind::TooLong, message));
         }
-        kept = sequence_length as usize;
+        fit.num_tokens = sequence_length as usize;
         runs.retain(|run| run.start < sequence_length);
         if let Some(last) = runs.last_mut() {
+            fit.is_answer_cut = last.end > sequence_length;
             last.end = last.end.min(sequence_length);
         }
     }
     if runs.last().is_none_or(|run| run.end <= 1) {
-        let message = match kept == num_tokens {
-            true => "expected at least one token to learn, found none",
-            false => "expected at least one token to learn within the sequence length, found none",
+        let message = match fit.is_cut {
+            false => "expected at least one token to learn, found none",
+            true => "expected at least one token to learn within the sequence length, found none",
         };
         return Err(Error::new(ErrorKind::NoLabelTokens, message));
     }
-    Ok(kept)
+    Ok(fit)
 }
 
 #[cfg(test)]
@@ -53,9 +84,10 @@ mod tests {
             let run = start..start + length;
             let mut cut = vec![run.clone()];
             match fit(num_tokens, &mut cut, sequence_length, TooLong::Truncate) {
-                Ok(kept) => {
-                    prop_assert_eq!(num_tokens.min(sequence_length as usize), kept);
+                Ok(fit) => {
+                    prop_assert_eq!(num_tokens.min(sequence_length as usize), fit.num_tokens);
                     let is_long = num_tokens > sequence_length as usize;
+                    prop_assert_eq!((is_long, is_long && sequence_length < run.end), (fit.is_cut, fit.is_answer_cut));
                     prop_assert_eq!(if is_long { sequence_length.min(run.end) } else { run.end }, cut[0].end);
                 }
                 Err(error) => prop_assert_eq!(ErrorKind::NoLabelTokens, error.kind()),

@@ -4,6 +4,7 @@ mod assemble;
 mod dataset;
 mod error;
 mod packing;
+mod policies;
 mod preprocess;
 mod template;
 

@@ -4,14 +4,14 @@ use std::num::NonZero;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use sft_fast_core::conversation::FieldMapping;
 use sft_fast_core::model::Model;
 use sft_fast_core::preprocess::{self as core, MAX_SHARD_TOKENS, OnError, Options, Place};
 use sft_fast_core::sample::TooLong;
-use sft_fast_core::tokenize::control::ControlPolicy;
-use sft_fast_core::{Error, ErrorKind};
 
-use crate::error::{detached, to_python};
+use crate::error::detached;
+use crate::policies::{self, unknown};
 
 /// How far preprocessing is: see `sft_fast.Progress`.
 #[pyclass(frozen, get_all, module = "sft_fast._core")]
@@ -30,7 +30,7 @@ pub struct Progress {
 #[pyfunction]
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
     query_key, response_key, template_date, num_threads, on_error,
-    control_tokens, too_long, overwrite, progress, chunk_bytes=None, max_shard_tokens=None))]
+    too_long, policies, overwrite, progress, chunk_bytes=None, max_shard_tokens=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub fn preprocess(
     py: Python<'_>,
@@ -47,16 +47,13 @@ pub fn preprocess(
     template_date: Option<String>,
     num_threads: Option<NonZero<usize>>,
     on_error: &str,
-    control_tokens: &str,
     too_long: &str,
+    policies: &Bound<'_, PyDict>,
     overwrite: bool,
     progress: Option<Py<PyAny>>,
     chunk_bytes: Option<usize>,
     max_shard_tokens: Option<u32>,
 ) -> PyResult<(PathBuf, String, bool, u64, f64, Option<String>)> {
-    let unknown = |name: &str, expected: &str, found: &str| {
-        to_python(py, &Error::new(ErrorKind::Argument, format!("expected {name} to be {expected}, found '{found}'")))
-    };
     let options = Options {
         files,
         place: match in_cache {
@@ -65,17 +62,13 @@ pub fn preprocess(
         },
         mapping: FieldMapping { system_key, prompt_key, query_key, response_key },
         sequence_length,
-        control_tokens: ControlPolicy::named(control_tokens)
-            .ok_or_else(|| unknown("control_tokens", "'plain', 'reject' or 'allow'", control_tokens))?,
-        too_long: match too_long {
-            "reject" => TooLong::Reject,
-            "truncate" => TooLong::Truncate,
-            found => return Err(unknown("too_long", "'reject' or 'truncate'", found)),
-        },
+        policies: policies::read(policies)?,
+        too_long: TooLong::named(too_long)
+            .ok_or_else(|| unknown(py, "too_long", "'reject', 'truncate_turns' or 'truncate'", too_long))?,
         on_error: match on_error {
             "raise" => OnError::Raise,
             "skip" => OnError::Skip,
-            found => return Err(unknown("on_error", "'raise' or 'skip'", found)),
+            found => return Err(unknown(py, "on_error", "'raise' or 'skip'", found)),
         },
         num_threads,
         chunk_bytes,

@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use sft_fast_core::conversation::{Conversation, FieldMapping};
-use sft_fast_core::model::{Model, Sampler};
-use sft_fast_core::tokenize::control::ControlPolicy;
+use sft_fast_core::model::Model;
+use sft_fast_core::sampler::Sampler;
 use sft_fast_core::{Error, ErrorKind, json};
 
 use crate::error::to_python;
+use crate::policies;
 
 /// See `sft_fast.ChatTemplate`.
 #[pyclass(frozen, module = "sft_fast._core")]
@@ -23,19 +25,16 @@ impl ChatTemplate {
         &self,
         py: Python<'_>,
         record: &str,
-        control_tokens: &str,
+        policies: &Bound<'_, PyDict>,
         take: impl FnOnce(Sampler<'_>) -> T + Send,
     ) -> PyResult<T> {
+        let policies = policies::read(policies)?;
         py.detach(|| {
-            let control_tokens = ControlPolicy::named(control_tokens).ok_or_else(|| {
-                let message =
-                    format!("expected control_tokens to be 'plain', 'reject' or 'allow', found '{control_tokens}'");
-                Error::new(ErrorKind::Argument, message)
-            })?;
             let value = json::parse(record)
                 .map_err(|error| Error::new(ErrorKind::InvalidJson, error.message).at_offset(error.offset))?;
-            let conversation = Conversation::from_record(value, &FieldMapping::default())?;
-            let mut sampler = Sampler::new(&self.model, control_tokens);
+            let mut conversation = Conversation::from_record(value, &FieldMapping::default())?;
+            let mut sampler = Sampler::new(&self.model, policies);
+            conversation.train_on(policies.answers, policies.trains_on_tool_calls);
             sampler.sample(&self.model, &conversation)?;
             Ok(take(sampler))
         })
@@ -71,8 +70,13 @@ impl ChatTemplate {
     }
 
     /// (text, byte ranges of it that are trained on).
-    fn render(&self, py: Python<'_>, record: &str) -> PyResult<(String, Vec<(usize, usize)>)> {
-        self.sample(py, record, ControlPolicy::Allow.as_str(), |sampler| {
+    fn render(
+        &self,
+        py: Python<'_>,
+        record: &str,
+        policies: &Bound<'_, PyDict>,
+    ) -> PyResult<(String, Vec<(usize, usize)>)> {
+        self.sample(py, record, policies, |sampler| {
             let spans = sampler.rendered.spans.iter().map(|span| (span.start, span.end)).collect();
             (sampler.rendered.text, spans)
         })
@@ -84,9 +88,9 @@ impl ChatTemplate {
         &self,
         py: Python<'py>,
         record: &str,
-        control_tokens: &str,
+        policies: &Bound<'_, PyDict>,
     ) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<bool>>)> {
-        let (ids, mask) = self.sample(py, record, control_tokens, |sampler| {
+        let (ids, mask) = self.sample(py, record, policies, |sampler| {
             let mut mask = vec![false; sampler.tokens.ids.len()];
             for run in &sampler.tokens.runs {
                 mask[run.start as usize..run.end as usize].fill(true);

@@ -1,12 +1,15 @@
 //! Record → conversation: which fields hold what, and the checks that need no template and no tokenizer.
 
 mod sharegpt;
+mod trained;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::json::{self, Data, Member, Value};
+
+pub use trained::Answers;
 
 /// Who speaks. The names are those of OpenAI's chat format, which chat templates expect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +53,8 @@ pub struct Message<'a> {
     pub role: Role,
     /// All fields of the message.
     pub fields: Vec<Member<'a>>,
+    /// Is it an answer that is trained on?
+    pub is_trained: bool,
 }
 
 impl<'a> Message<'a> {
@@ -59,6 +64,7 @@ impl<'a> Message<'a> {
         Self {
             role,
             fields: vec![member("role", Value::string(role.as_str())), member("content", Value::string(content))],
+            is_trained: role == Role::Assistant,
         }
     }
 
@@ -206,7 +212,7 @@ impl<'a> Message<'a> {
         let place = || format!("messages[{index}]");
         let offset = value.offset;
         let type_name = value.type_name();
-        let Data::Object(fields) = value.data else {
+        let Data::Object(mut fields) = value.data else {
             return Err(wrong_type("a message (an object)", type_name, offset, &place()));
         };
         refuse_repeated_keys(&fields, &format!("{}.", place()))?;
@@ -250,7 +256,8 @@ impl<'a> Message<'a> {
                 }
             },
         }
-        Ok(Self { role, fields })
+        let is_trained = trained::take_flag(&mut fields, role, &place())?;
+        Ok(Self { role, fields, is_trained })
     }
 }
 

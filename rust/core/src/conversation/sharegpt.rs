@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 
+use super::trained::take_flag;
 use super::{Conversation, Message, Role, empty_answer, quoted, refuse_repeated_keys, require_answer, wrong_type};
 use crate::error::{Error, ErrorKind, Result};
 use crate::json::{self, Data, Member, Value};
@@ -56,11 +57,15 @@ fn read_message<'a>(value: Value<'a>, place: &str) -> Result<Message<'a>> {
             .at_location(format!("{place}.from")));
     };
     let (text, text_offset) = take_text(&mut members, "value", offset, place)?;
-    match role {
-        None => Ok(function_call(&text, text_offset, place)?),
-        Some(Role::Assistant) if text.trim().is_empty() => Err(empty_answer(text_offset, &format!("{place}.value"))),
-        Some(role) => Ok(Message::new(*role, text)),
-    }
+    let is_trained = take_flag(&mut members, role.unwrap_or(Role::Assistant), place)?;
+    let message = match role {
+        None => function_call(&text, text_offset, place)?,
+        Some(Role::Assistant) if text.trim().is_empty() => {
+            return Err(empty_answer(text_offset, &format!("{place}.value")));
+        }
+        Some(role) => Message::new(*role, text),
+    };
+    Ok(Message { is_trained, ..message })
 }
 
 fn take_text<'a>(members: &mut [Member<'a>], key: &str, offset: usize, place: &str) -> Result<(Cow<'a, str>, usize)> {

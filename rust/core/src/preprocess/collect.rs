@@ -8,11 +8,12 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use super::schedule::{Job, Schedule};
-use super::worker::{Batch, Event, SegmentResult, Tally};
+use super::worker::{Batch, Event, SegmentResult};
 use super::{Options, Progress};
 use crate::error::{Error, ErrorKind, Position, Result};
 use crate::listing::{Listing, ListingInfo};
 use crate::manifest::{REJECTED_NAME, SEGMENTS_NAME, Segment, SourceInfo, quantiles, shard_name};
+use crate::sampler::Tally;
 use crate::shard::write::{ShardIndex, ShardWriter};
 use crate::shard::{ShardInfo, TokenType};
 use crate::source::Source;

@@ -20,10 +20,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{DATASET_FORMAT, Dataset, FORMAT_VERSION, Manifest, Occupant, Recipe, SourceInfo};
 use crate::model::Model;
 use crate::sample::TooLong;
+use crate::sampler::Policies;
 use crate::shard::TokenType;
 use crate::source::Source;
 use crate::staging::Staging;
-use crate::tokenize::control::ControlPolicy;
 use collect::Collector;
 use reuse::Reuse;
 use schedule::Schedule;
@@ -63,8 +63,8 @@ pub struct Options {
     pub mapping: FieldMapping,
     /// Longest sample, in tokens.
     pub sequence_length: u32,
-    /// What becomes of text that spells a control token.
-    pub control_tokens: ControlPolicy,
+    /// What decides the samples of a conversation.
+    pub policies: Policies,
     /// What to do with longer ones.
     pub too_long: TooLong,
     /// What to do with wrong records.
@@ -175,11 +175,14 @@ pub fn preprocess(
         token_type: TokenType::for_vocab(model.tokenizer.vocab_size()),
         sample_tokens: counts.sample_tokens(),
         num_records: counts.num_records,
-        num_samples: counts.num_records - counts.num_rejected,
+        num_samples: counts.num_records - counts.num_rejected + counts.tally.num_split_samples,
         num_rejected: counts.num_rejected,
         rejected_by_reason: counts.rejected_by_reason,
+        num_split_samples: counts.tally.num_split_samples,
         num_truncated: counts.tally.num_truncated,
+        num_cut_answers: counts.tally.num_cut_answers,
         num_control_text: counts.tally.num_control_text,
+        num_skipped_answers: counts.tally.num_skipped_answers,
         num_tokens: counts.num_tokens,
         num_label_tokens: counts.num_label_tokens,
         files: counts.files,
@@ -274,14 +277,16 @@ fn file_info(source: &Source, number: u32) -> SourceInfo {
 
 fn recipe(options: &Options, model: &Model) -> Recipe {
     let mapping = options.mapping.clone();
+    let policies = options.policies;
     let is_dated = model.template.verdict().date_dependent;
     Recipe {
         sequence_length: options.sequence_length,
-        too_long: match options.too_long {
-            TooLong::Reject => "reject".into(),
-            TooLong::Truncate => "truncate".into(),
-        },
-        control_tokens: options.control_tokens.as_str().into(),
+        too_long: options.too_long.as_str().into(),
+        control_tokens: policies.control_tokens.as_str().into(),
+        train_on: policies.answers.as_str().into(),
+        train_on_tool_calls: policies.trains_on_tool_calls,
+        train_on_thinking: policies.trains_on_thinking,
+        dropped_thinking: policies.dropped_thinking.as_str().into(),
         system_key: mapping.system_key,
         prompt_key: mapping.prompt_key,
         query_key: mapping.query_key,
@@ -424,7 +429,7 @@ mod tests {
             place: Place::Directory { path: directory.join("out"), overwrite: false },
             mapping: FieldMapping::default(),
             sequence_length: 100,
-            control_tokens: ControlPolicy::Plain,
+            policies: Policies::default(),
             too_long: TooLong::Reject,
             on_error: OnError::Raise,
             num_threads: NonZero::new(3),

@@ -11,8 +11,8 @@ use crate::conversation::Conversation;
 use crate::error::{Error, ErrorClass, ErrorKind, Result};
 use crate::json;
 use crate::manifest::Sample;
-use crate::model::{Model, Sampler};
-use crate::sample::fit;
+use crate::model::Model;
+use crate::sampler::{Sampler, Tally};
 use crate::shard::write::ShardWriter;
 use crate::shard::{ShardInfo, TokenIds};
 use crate::source::{Chunk, RecordSpan, Segment, Source};
@@ -25,6 +25,7 @@ pub struct Batch {
     pub num_source_bytes: u64,
     pub num_newlines: u64,
     pub num_records: u64,
+    /// What is to be reported of the samples.
     pub tally: Tally,
     /// Samples that an older dataset had already.
     pub num_reused: u64,
@@ -37,20 +38,6 @@ pub struct Batch {
     pub rejects: Vec<Error>,
     /// The error that ends the work, if one does.
     pub fatal: Option<Error>,
-}
-
-/// What is to be reported of the samples.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    pub num_truncated: u64,
-    pub num_control_text: u64,
-}
-
-impl std::ops::AddAssign for Tally {
-    fn add_assign(&mut self, other: Self) {
-        self.num_truncated += other.num_truncated;
-        self.num_control_text += other.num_control_text;
-    }
 }
 
 /// What became of a segment; see [`Segment`](crate::manifest::Segment).
@@ -103,7 +90,7 @@ pub fn work(
         source,
         reuse,
         schedule,
-        sampler: Sampler::new(model, options.control_tokens),
+        sampler: Sampler::new(model, options.policies),
         chunk: Chunk::default(),
         spare_ids: Vec::new(),
     };
@@ -250,19 +237,24 @@ fn encode_record(
     })?;
     let value =
         json::parse(text).map_err(|error| Error::new(ErrorKind::InvalidJson, error.message).at_offset(error.offset))?;
-    let conversation = Conversation::from_record(value, &options.mapping)?;
-    sampler.sample(model, &conversation)?;
-
-    let num_tokens = sampler.tokens.ids.len();
-    let kept = fit(num_tokens, &mut sampler.tokens.runs, options.sequence_length, options.too_long)?;
-    batch.tally.num_truncated += u64::from(kept < num_tokens);
-    batch.tally.num_control_text += u64::from(!sampler.control_text.is_empty());
-    batch.ids.extend_from_slice(&sampler.tokens.ids[..kept]);
-    batch.runs.extend_from_slice(&sampler.tokens.runs);
-    batch.samples.push(BatchSample {
-        num_tokens: kept as u32,
-        num_runs: sampler.tokens.runs.len() as u32,
-        line: record.position.line,
-    });
+    let mut conversation = Conversation::from_record(value, &options.mapping)?;
+    let before = (batch.ids.len(), batch.runs.len(), batch.samples.len());
+    let Batch { ids, runs, samples, .. } = batch;
+    let line = record.position.line;
+    let made =
+        sampler.samples(model, &mut conversation, options.sequence_length, options.too_long, |tokens, labels| {
+            ids.extend_from_slice(tokens);
+            runs.extend_from_slice(labels);
+            samples.push(BatchSample { num_tokens: tokens.len() as u32, num_runs: labels.len() as u32, line });
+        });
+    match made {
+        Ok(tally) => batch.tally += tally,
+        Err(error) => {
+            batch.ids.truncate(before.0);
+            batch.runs.truncate(before.1);
+            batch.samples.truncate(before.2);
+            return Err(error);
+        }
+    }
     Ok(())
 }

@@ -6,14 +6,12 @@
 use std::collections::HashSet;
 use std::rc::Rc;
 
+use super::thinking;
 use super::trace::{Trace, Traced};
 use super::value::{Dict, Items, Text, Value};
 use crate::conversation::{Conversation, Message};
 use crate::error::{Error, ErrorKind, Result};
 use crate::json::{self, Data, Member};
-
-/// The names of a message's reasoning; the first that is there is the one that counts.
-const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// The messages as a list.
 pub(super) fn messages<'a>(messages: &'a [Message<'a>]) -> Items<'a> {
@@ -45,7 +43,7 @@ fn list<'a>(messages: impl Iterator<Item = Value<'a>>) -> Items<'a> {
 }
 
 fn is_reasoning(key: &str) -> bool {
-    REASONING.contains(&key)
+    thinking::FIELDS.contains(&key)
 }
 
 /// A message as a dict of what `convert` makes of its fields.
@@ -55,7 +53,7 @@ fn dict<'a>(message: &'a Message<'a>, convert: impl Fn(usize, &'a Member<'a>) ->
         fields.map(|(index, member)| (Value::record(&member.key), convert(index, member))).collect();
     let find =
         |fields: &[(Value<'a>, Value<'a>)], name: &str| fields.iter().position(|(key, _)| key.as_str() == Some(name));
-    let reasoning = REASONING.iter().find_map(|name| find(&fields, name)).map(|at| fields[at].1.clone());
+    let reasoning = thinking::FIELDS.iter().find_map(|name| find(&fields, name)).map(|at| fields[at].1.clone());
     if let Some(reasoning) = reasoning {
         if find(&fields, "thinking").is_none() {
             fields.insert(0, (Value::text("thinking"), reasoning.clone()));

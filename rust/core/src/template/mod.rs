@@ -30,6 +30,7 @@ mod python;
 mod scope;
 mod sink;
 mod spans;
+mod thinking;
 mod trace;
 mod value;
 mod visit;
@@ -45,7 +46,8 @@ use self::origin::Made;
 use self::plan::Plans;
 use self::scope::Program;
 use self::sink::{Difference, Output, Sink, Visit};
-use self::spans::{Endings, sentence};
+use self::spans::{Endings, QUESTION, sentence};
+use self::thinking::Thinking;
 use self::value::{Items, Value};
 use crate::conversation::{Conversation, Message, Role};
 use crate::error::{Error, ErrorKind, Result};
@@ -55,6 +57,7 @@ use crate::tokenize::control::Stretch;
 pub use self::clock::DateTime;
 pub use self::load::{SpecialTokens, load};
 pub use self::named::{NAMES, named};
+pub use self::thinking::DroppedThinking;
 
 /// A compiled chat template. Rendering does not change it, so that all threads share one.
 #[derive(Debug)]
@@ -65,6 +68,7 @@ pub struct ChatTemplate {
     special_tokens: SpecialTokens,
     clock: Option<DateTime>,
     endings: Endings,
+    thinking: Thinking,
     verdict: Verdict,
     /// Tells this template from all others.
     identity: Arc<()>,
@@ -81,7 +85,30 @@ pub struct Verdict {
     pub has_generation_markers: bool,
     /// Does the text depend on the date?
     pub date_dependent: bool,
+    /// Does it write the thinking of the last answer, given as a field of its message?
+    pub shows_thinking: bool,
+    /// Does it leave out the thinking of earlier turns?
+    pub drops_earlier_thinking: bool,
+    /// What its generation prompt opens at its end, such as `<think>`; answers without thinking do not begin with it.
+    pub opens_thinking: Option<String>,
 }
+
+/// What follows the messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Prompt {
+    None,
+    /// The generation prompt.
+    Answer,
+    /// The generation prompt for an answer without thinking.
+    WithoutThinking,
+    /// The generation prompt; a thought that it opens at its end may be missing.
+    Unopened,
+}
+
+/// What the text before an answer may end with, in the order of preference.
+const PROMPTS: [Prompt; 3] = [Prompt::Answer, Prompt::WithoutThinking, Prompt::Unopened];
+/// Variables by which templates are told whether the model is to think.
+const THINKING_SWITCHES: [&str; 2] = ["enable_thinking", "thinking"];
 
 /// A rendered conversation. Keep it for the next one: it also holds what has been learned of the template on the way.
 #[derive(Clone, Debug, Default)]
@@ -90,6 +117,13 @@ pub struct Rendered {
     pub text: String,
     /// The byte ranges of `text` that are trained on: in order, disjoint, none empty.
     pub spans: Vec<Range<usize>>,
+    /// The message that each span is the answer of; `None` where the template's marks do not tell.
+    pub answers: Vec<Option<usize>>,
+    /// Answers that are not trained on because the template leaves out their thinking, or changes the text before them;
+    /// ascending. See [`ChatTemplate::review`].
+    pub dropped: Vec<usize>,
+    /// Answers before which the text is not what the model would see, because of messages that follow; and how it differs.
+    changed: Vec<(usize, String)>,
     /// The stretches of `text` that the record wrote, not the template: in order, disjoint, none empty.
     pub stretches: Vec<Stretch>,
     plans: Plans,
@@ -115,17 +149,25 @@ impl ChatTemplate {
                 end_of_turn_trained: false,
                 has_generation_markers: program.has_generation,
                 date_dependent: program.is_date_dependent,
+                shows_thinking: false,
+                drops_earlier_thinking: false,
+                opens_thinking: None,
             },
             program,
             special_tokens: special_tokens.to_vec(),
             // What is learned from the probes does not depend on the date, but they need one.
             clock: Some(DateTime::now()),
             endings: Endings::default(),
+            thinking: Thinking::default(),
             identity: Arc::default(),
         };
         template.endings = Endings::learn(&template);
         template.verdict.prefix_preserving = template.is_prefix_preserving();
         template.verdict.end_of_turn_trained = template.ends_turns();
+        template.thinking = Thinking::learn(&template);
+        template.verdict.shows_thinking = template.thinking.is_shown();
+        template.verdict.drops_earlier_thinking = template.thinking.drops_earlier;
+        template.verdict.opens_thinking = template.endings.opened.as_deref().map(|tag| tag.trim().to_owned());
         template.clock = None;
         Ok(template)
     }
@@ -146,6 +188,9 @@ impl ChatTemplate {
     pub fn render(&self, conversation: &Conversation<'_>, out: &mut Rendered) -> Result<()> {
         out.text.clear();
         out.spans.clear();
+        out.answers.clear();
+        out.changed.clear();
+        out.dropped.clear();
         out.stretches.clear();
         let mut plans = std::mem::take(&mut out.plans);
         let is_rendered = plans.render(&self.identity, conversation, out);
@@ -163,14 +208,39 @@ impl ChatTemplate {
         let messages = input::messages(&conversation.messages);
         let sink = Sink::collect(std::mem::take(&mut out.text), std::mem::take(&mut out.stretches));
         let output = self
-            .run(messages.clone(), conversation.tools.as_ref(), false, sink)
+            .run(messages.clone(), conversation.tools.as_ref(), Prompt::None, sink)
             .map_err(|failure| self.failed(&failure))?;
         Made { text: out.text, stretches: out.stretches } = output.sink.into_made();
         if self.program.has_generation {
-            out.spans.extend(output.generated.into_iter().filter(|span| !span.is_empty()));
+            (out.spans, out.answers) =
+                spans::marked(conversation, output.generated, &output.visits)?.into_iter().unzip();
             return Ok(());
         }
-        spans::prove(self, conversation, &messages, &out.text, &output.visits, &mut out.spans)
+        let proved = spans::prove(self, conversation, &messages, &out.text, &output.visits, &PROMPTS)?;
+        out.changed = proved.changed;
+        (out.spans, out.answers) = proved.spans.into_iter().map(|(span, answer)| (span, Some(answer))).unzip();
+        Ok(())
+    }
+
+    /// Takes out of `rendered`, the text of `conversation`, the answers whose thinking the template leaves out, by
+    /// `policy`; and thoughts, unless `trains_on_thoughts`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ThinkingDropped`] by [`DroppedThinking::Reject`]; [`ErrorKind::MaskUnproved`] where the template's own
+    /// marks do not tell which answer they belong to.
+    pub fn review(
+        &self,
+        conversation: &Conversation<'_>,
+        rendered: &mut Rendered,
+        policy: DroppedThinking,
+        trains_on_thoughts: bool,
+    ) -> Result<()> {
+        self.thinking.review(conversation, rendered, policy, trains_on_thoughts)
+    }
+
+    /// The error of answer `index`, whose thinking is nowhere in the text.
+    pub fn dropped_thinking(&self, index: usize) -> Error {
+        self.thinking.dropped(index)
     }
 
     /// Renders `messages` alone, as for inference.
@@ -181,7 +251,8 @@ impl ChatTemplate {
         input::check(conversation)?;
         let messages = input::messages(&conversation.messages);
         let sink = Sink::collect(String::new(), Vec::new());
-        match self.run(messages, conversation.tools.as_ref(), add_generation_prompt, sink) {
+        let prompt = if add_generation_prompt { Prompt::Answer } else { Prompt::None };
+        match self.run(messages, conversation.tools.as_ref(), prompt, sink) {
             Ok(output) => Ok(output.sink.into_made().text),
             Err(failure) => Err(self.failed(&failure)),
         }
@@ -214,7 +285,7 @@ impl ChatTemplate {
         &'r self,
         messages: Items<'r>,
         tools: Option<&'r json::Value<'r>>,
-        add_generation_prompt: bool,
+        prompt: Prompt,
         sink: Sink<'r>,
     ) -> Eval<Output<'r>> {
         let mut interpreter = Interpreter::new(&self.program, self.clock, messages, sink);
@@ -223,7 +294,10 @@ impl ChatTemplate {
         }
         interpreter.set("tools", tools.map_or(Value::None, Value::from_json));
         interpreter.set("documents", Value::None);
-        interpreter.set("add_generation_prompt", Value::Bool(add_generation_prompt));
+        interpreter.set("add_generation_prompt", Value::Bool(prompt != Prompt::None));
+        if prompt == Prompt::WithoutThinking {
+            THINKING_SWITCHES.iter().for_each(|name| interpreter.set(name, Value::Bool(false)));
+        }
         interpreter.run()
     }
 
@@ -231,18 +305,23 @@ impl ChatTemplate {
         &'r self,
         messages: Items<'r>,
         tools: Option<&'r json::Value<'r>>,
-        add_generation_prompt: bool,
+        prompt: Prompt,
         text: &'r str,
     ) -> Eval<Difference<'r>> {
         let sink = Sink::Compare(Difference { text, common: 0, rest: Vec::new() });
-        Ok(self.run(messages, tools, add_generation_prompt, sink)?.sink.into_difference())
+        Ok(self.run(messages, tools, prompt, sink)?.sink.into_difference())
     }
 
     /// The text of `messages` alone, and what a loop over them wrote.
-    fn observe(&self, messages: &[Message<'_>], add_generation_prompt: bool) -> Eval<(String, Vec<Visit>)> {
+    fn observe(&self, messages: &[Message<'_>], prompt: Prompt) -> Eval<(String, Vec<Visit>)> {
         let sink = Sink::collect(String::new(), Vec::new());
-        let output = self.run(input::messages(messages), None, add_generation_prompt, sink)?;
+        let output = self.run(input::messages(messages), None, prompt, sink)?;
         Ok((output.sink.into_made().text, output.visits))
+    }
+
+    /// Can it be told that the model is not to think?
+    fn knows_thinking(&self) -> bool {
+        self.program.context.iter().any(|(name, _)| THINKING_SWITCHES.contains(&&**name))
     }
 
     /// Tries the proof of [`spans`] on a conversation of two turns.
@@ -255,9 +334,10 @@ impl ChatTemplate {
         ];
         let messages = turns.map(|(role, content)| Message::new(role, content)).into();
         let conversation = Conversation { messages, tools: None };
-        let Ok((text, visits)) = self.observe(&conversation.messages, false) else { return false };
+        let Ok((text, visits)) = self.observe(&conversation.messages, Prompt::None) else { return false };
         let messages = input::messages(&conversation.messages);
-        spans::prove(self, &conversation, &messages, &text, &visits, &mut Vec::new()).is_ok()
+        spans::prove(self, &conversation, &messages, &text, &visits, &[Prompt::Answer])
+            .is_ok_and(|proved| proved.changed.is_empty())
     }
 
     /// Does what is trained on of a short conversation end with the end of a turn?
@@ -265,7 +345,7 @@ impl ChatTemplate {
         if !self.program.has_generation {
             return self.endings.has_end_of_turn();
         }
-        let messages = vec![Message::new(Role::User, "A question?"), Message::new(Role::Assistant, spans::ANSWER)];
+        let messages = vec![Message::new(Role::User, QUESTION), Message::new(Role::Assistant, spans::ANSWER)];
         let mut rendered = Rendered::default();
         let is_rendered = self.render(&Conversation { messages, tools: None }, &mut rendered).is_ok();
         is_rendered

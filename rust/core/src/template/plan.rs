@@ -14,11 +14,11 @@ use std::sync::Arc;
 
 use super::origin::push_stretch;
 use super::sink::{Sink, Visit};
-use super::spans::followed_by_another;
+use super::spans::{followed_by_others, marked};
 use super::trace::{Guard, Trace, View};
 use super::value::{Items, Text};
-use super::{ChatTemplate, Rendered, input};
-use crate::conversation::{Conversation, Message, Role};
+use super::{ChatTemplate, PROMPTS, Prompt, Rendered, input};
+use crate::conversation::{Conversation, Message};
 use crate::json::Data;
 
 /// Conversations of more messages have no plan: their shapes seldom come twice.
@@ -59,8 +59,8 @@ struct Plan {
 enum Step {
     Constant(Box<str>),
     Field(View),
-    /// A span begins here.
-    Begin,
+    /// A span of this answer begins here.
+    Begin(Option<usize>),
     /// The span ends here.
     End,
 }
@@ -118,6 +118,7 @@ fn write_shape(conversation: &Conversation<'_>, shape: &mut Vec<u8>) -> bool {
     };
     for message in &conversation.messages {
         write(message.role.as_str());
+        write(if message.is_trained { "trained" } else { "" });
         for member in &message.fields {
             let Data::String(text) = &member.value.data else { return false };
             write(&member.key);
@@ -139,8 +140,8 @@ impl Plan {
     }
 
     fn write(&self, conversation: &Conversation<'_>, out: &mut Rendered) {
-        let Rendered { text, spans, stretches, .. } = out;
-        let mut start = 0;
+        let Rendered { text, spans, answers, stretches, .. } = out;
+        let (mut start, mut answer) = (0, None);
         for step in &self.steps {
             match step {
                 Step::Constant(constant) => text.push_str(constant),
@@ -149,8 +150,11 @@ impl Plan {
                     text.push_str(view.of(field(conversation, view.field)));
                     push_stretch(stretches, start..text.len(), false);
                 }
-                Step::Begin => start = text.len(),
-                Step::End if start < text.len() => spans.push(start..text.len()),
+                Step::Begin(index) => (start, answer) = (text.len(), *index),
+                Step::End if start < text.len() => {
+                    spans.push(start..text.len());
+                    answers.push(answer);
+                }
                 Step::End => {}
             }
         }
@@ -159,10 +163,12 @@ impl Plan {
     fn learn(template: &ChatTemplate, conversation: &Conversation<'_>) -> Option<Self> {
         let trace = Trace::default();
         let messages = input::traced(&conversation.messages, &trace, 0);
-        let output = template.run(messages.clone(), None, false, Sink::Record(Vec::new())).ok()?;
+        let output = template.run(messages.clone(), None, Prompt::None, Sink::Record(Vec::new())).ok()?;
         let parts = output.sink.into_parts();
         let spans = if template.verdict().has_generation_markers {
-            output.generated.into_iter().map(|Range { start, end }| (Position::at(start), Position::at(end))).collect()
+            let spans = marked(conversation, output.generated, &output.visits).ok()?;
+            let place = |(span, answer): (Range<usize>, _)| (Position::at(span.start), Position::at(span.end), answer);
+            spans.into_iter().map(place).collect()
         } else {
             let proof = Proof { template, conversation, messages, trace: &trace, parts: &parts };
             proof.spans(&output.visits)?
@@ -191,6 +197,9 @@ impl Position {
         self
     }
 }
+
+/// Where a span begins and ends, and its answer.
+type Span = (Position, Position, Option<usize>);
 
 /// Where `beginning` ends in `parts`, if it is a beginning of them whatever the texts are.
 fn end_of_prefix(parts: &[Text<'_>], beginning: &[Text<'_>]) -> Option<Position> {
@@ -229,37 +238,69 @@ struct Proof<'p> {
 }
 
 impl<'p> Proof<'p> {
-    fn spans(&self, visits: &[Visit]) -> Option<Vec<(Position, Position)>> {
-        let mut spans: Vec<(Position, Position)> = Vec::new();
+    fn spans(&self, visits: &[Visit]) -> Option<Vec<Span>> {
+        let mut spans: Vec<Span> = Vec::new();
         let last = self.conversation.messages.len() - 1;
         for (index, message) in self.conversation.messages.iter().enumerate() {
-            if message.role != Role::Assistant {
+            if !message.is_trained {
                 continue;
             }
-            let seen = self.template.run(self.messages.window(0..index), None, true, Sink::Record(Vec::new())).ok()?;
-            let start = end_of_prefix(self.parts, &seen.sink.into_parts())?;
+            let start = PROMPTS.iter().find_map(|prompt| self.start(index, *prompt))?;
             let end = if index == last { self.parts.len() } else { self.inner_end(index, &visits[index])? };
             let (end, is_ended) = self.trimmed(start, end)?;
             // Without the end of a turn the loop's word does not count alone.
-            if end <= start || (index < last && !is_ended) || spans.last().is_some_and(|(_, before)| *before > start) {
+            if end <= start || (index < last && !is_ended) || spans.last().is_some_and(|(_, before, _)| *before > start)
+            {
                 return None;
             }
-            spans.push((start, end));
+            spans.push((start, end, Some(index)));
         }
         Some(spans)
+    }
+
+    /// Where an answer begins that follows this prompt.
+    fn start(&self, index: usize, prompt: Prompt) -> Option<Position> {
+        if prompt == Prompt::WithoutThinking && !self.template.knows_thinking() {
+            return None;
+        }
+        let seen = self.template.run(self.messages.window(0..index), None, prompt, Sink::Record(Vec::new())).ok()?;
+        let mut seen = seen.sink.into_parts();
+        if prompt == Prompt::Unopened {
+            let mut opened = self.template.endings().opened.as_deref()?;
+            while !opened.is_empty() {
+                let last = seen.pop()?;
+                let last = last.plain()?;
+                match (last.strip_suffix(opened), opened.strip_suffix(last)) {
+                    (Some(rest), _) => {
+                        seen.push(Text::Shared(rest.into()));
+                        opened = "";
+                    }
+                    (None, Some(rest)) => opened = rest,
+                    (None, None) => return None,
+                }
+            }
+        }
+        end_of_prefix(self.parts, &seen)
     }
 
     /// The part behind an answer that other messages follow: the loop's word, under oath.
     fn inner_end(&self, index: usize, visit: &Visit) -> Option<usize> {
         let Visit::Wrote(wrote) = visit else { return None };
-        let messages: Vec<Message<'_>> = followed_by_another(self.conversation, index);
+        let num_behind = self.conversation.messages.len() - index - 1;
+        let is_same = |num_others: usize| self.is_independent(index, wrote.end, num_others);
+        (is_same(1).is_some() || is_same(num_behind).is_some()).then_some(wrote.end)
+    }
+
+    /// Do the parts up to `end` stay the same with other messages in the place of the next `num_others`?
+    fn is_independent(&self, index: usize, end: usize, num_others: usize) -> Option<()> {
+        let messages: Vec<Message<'_>> = followed_by_others(self.conversation, index, num_others);
         let trace = Trace::default();
-        let other = input::traced(&messages, &trace, 1);
-        let output = self.template.run(other, None, false, Sink::Record(Vec::new())).ok()?;
-        end_of_prefix(&output.sink.into_parts(), &self.parts[..wrote.end])?;
+        let other = input::traced(&messages, &trace, num_others);
+        let output = self.template.run(other, None, Prompt::None, Sink::Record(Vec::new())).ok()?;
+        end_of_prefix(&output.sink.into_parts(), &self.parts[..end])?;
         let guards = trace.guards()?;
         guards.into_iter().for_each(|guard| self.trace.note(guard));
-        Some(wrote.end)
+        Some(())
     }
 
     /// Where the answer in `start..end` ends, and whether it ends its turn, if constants at its end decide it.
@@ -284,8 +325,9 @@ impl<'p> Proof<'p> {
 }
 
 /// The steps that write `parts` and mark `spans`.
-fn steps(parts: &[Text<'_>], spans: &[(Position, Position)]) -> Option<Vec<Step>> {
-    let mut marks = spans.iter().flat_map(|(start, end)| [(*start, Step::Begin), (*end, Step::End)]).peekable();
+fn steps(parts: &[Text<'_>], spans: &[Span]) -> Option<Vec<Step>> {
+    let mut marks =
+        spans.iter().flat_map(|(start, end, answer)| [(*start, Step::Begin(*answer)), (*end, Step::End)]).peekable();
     let mut steps = Vec::new();
     let mut constant = String::new();
     let flush = |constant: &mut String, steps: &mut Vec<Step>| {

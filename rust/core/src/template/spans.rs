@@ -4,11 +4,15 @@
 //! `add_generation_prompt`. That text must be a prefix of the whole text; where it ends, the answer begins. The answer
 //! ends with its end-of-turn token; white space that the template writes behind it is not the answer's.
 //!
+//! Where the text with the prompt is no prefix, it may be one in two other ways, tried in this order: as the template
+//! writes the prompt for an answer without thinking (`enable_thinking` or `thinking` false); and without the thought that
+//! the prompt opens at its end, such as `<think>`, which templates leave out before answers of earlier turns.
+//!
 //! Where an answer ends that is not the last message, the text alone does not say. Three witnesses do:
 //!
 //! * the loop over the messages: what it wrote while it stood at the answer. It is asked under oath: with another message
-//!   in the place of the next one, and nothing after it, the text up to there must stay the same. So no part of the span
-//!   comes from a later message.
+//!   in the place of the next one, and nothing after it, the text up to there must stay the same; or, for templates that
+//!   look further ahead, with others in the place of all that follow. So no part of the span comes from a later message.
 //! * the conversation cut behind the answer, if its text is a prefix of the whole text;
 //! * the same with a generation prompt, if it is a prefix once the prompt is taken off.
 //!
@@ -19,12 +23,12 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use super::ChatTemplate;
 use super::failure::{Cause, Eval, Failure};
 use super::input;
 use super::python::trim_end;
 use super::sink::{Difference, Visit};
 use super::value::Items;
+use super::{ChatTemplate, Prompt};
 use crate::conversation::{Conversation, Message, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::json::{Data, Member, Value};
@@ -36,6 +40,8 @@ pub(super) struct Endings {
     pub prompt: Option<String>,
     /// What follows an answer: before a generation prompt, and at the end of a conversation.
     pub tails: Vec<Tail>,
+    /// The end of the generation prompt where it opens a thought: the tag, and what follows it.
+    pub opened: Option<String>,
 }
 
 /// What a template writes behind an answer.
@@ -48,12 +54,13 @@ pub(super) struct Tail {
 
 /// The answer of the conversations that templates are tried on.
 pub(super) const ANSWER: &str = "An answer.";
+pub(super) const QUESTION: &str = "A question?";
 
 impl Endings {
     /// Tries the template on short conversations, with contents as texts or, where it wants them, as lists of parts. A
     /// template that refuses both has no known endings.
     pub fn learn(template: &ChatTemplate) -> Self {
-        let question = Message::new(Role::User, "A question?");
+        let question = Message::new(Role::User, QUESTION);
         let texts = [question.clone(), Message::new(Role::Assistant, ANSWER), question];
         let parts = texts.each_ref().map(|message| {
             let text = message.get("content").and_then(Value::as_str).unwrap_or_default();
@@ -66,7 +73,10 @@ impl Endings {
     }
 
     fn observe(template: &ChatTemplate, messages: &[Message<'_>; 3]) -> Self {
-        let text = |length: usize, prompt: bool| template.observe(&messages[..length], prompt).ok();
+        let text = |length: usize, prompt: bool| {
+            let prompt = if prompt { Prompt::Answer } else { Prompt::None };
+            template.observe(&messages[..length], prompt).ok()
+        };
         let behind = |text: &str, visit: &Visit| match visit {
             Visit::Wrote(wrote) => Some(text[wrote.end..].to_owned()),
             _ => None,
@@ -98,7 +108,8 @@ impl Endings {
         }
         let mut tails: Vec<Tail> = [last, inner].into_iter().flatten().collect();
         tails.sort_by_key(|tail| std::cmp::Reverse(tail.text.len()));
-        Self { prompt, tails }
+        let opened = prompt.as_deref().and_then(opened_thought).map(str::to_owned);
+        Self { prompt, tails, opened }
     }
 
     /// Is there a token that ends a turn?
@@ -136,6 +147,23 @@ impl Endings {
     }
 }
 
+/// What a prompt opens at its end: a tag of thinking such as `<think>`, and white space. The end may close it again.
+fn opened_thought(prompt: &str) -> Option<&str> {
+    let is_tag = |tag: &str, is_closing: bool| {
+        let is_framed = tag.ends_with(['>', ']']) && tag.to_ascii_lowercase().contains("think");
+        is_framed && tag.starts_with("</") == is_closing && !tag.contains(char::is_whitespace)
+    };
+    let last_tag = |text: &str| text.rfind(['<', '[']);
+    let end = trim_end(prompt);
+    let mut start = last_tag(end)?;
+    if is_tag(&end[start..], true) {
+        let before = trim_end(&end[..start]);
+        start = last_tag(before)?;
+        return is_tag(&before[start..], false).then(|| &prompt[start..]);
+    }
+    (start > 0 && is_tag(&end[start..], false)).then(|| &prompt[start..])
+}
+
 /// Finds the spans of `text`, which is the template's text of `conversation`.
 ///
 /// # Errors
@@ -146,20 +174,74 @@ pub(super) fn prove<'r>(
     messages: &'r Items<'r>,
     text: &'r str,
     visits: &[Visit],
-    spans: &mut Vec<Range<usize>>,
-) -> Result<()> {
-    let proof = Proof { template, conversation, messages, text };
+    prompts: &'r [Prompt],
+) -> Result<Proved> {
+    let proof = Proof { template, conversation, messages, text, prompts };
+    let mut proved = Proved::default();
     for (index, message) in conversation.messages.iter().enumerate() {
-        if message.role != Role::Assistant {
+        if !message.is_trained {
             continue;
         }
-        let span = proof.span(index, &visits[index])?;
-        if spans.last().is_some_and(|last| last.end > span.start) {
+        let span = match proof.span(index, &visits[index])? {
+            Ok(span) => span,
+            Err(reason) => {
+                proved.changed.push((index, reason));
+                continue;
+            }
+        };
+        if proved.spans.last().is_some_and(|(last, _)| last.end > span.start) {
             return Err(unproved(index, "the answer before it ends behind its beginning"));
         }
-        spans.push(span);
+        proved.spans.push((span, index));
     }
-    Ok(())
+    Ok(proved)
+}
+
+/// What is known of the answers of a conversation.
+#[derive(Debug, Default)]
+pub(super) struct Proved {
+    /// Where an answer stands, and its message.
+    pub spans: Vec<(Range<usize>, usize)>,
+    /// Answers before which the text is not what the model would see, because of messages that follow; and how it differs.
+    pub changed: Vec<(usize, String)>,
+}
+
+/// The spans that the template marks itself, of answers that are trained on; with the answer, where the loop over the
+/// messages tells it.
+///
+/// # Errors
+/// [`ErrorKind::MaskUnproved`] where some answers are not to be trained on and the loop does not tell which are marked.
+pub(super) fn marked(
+    conversation: &Conversation<'_>,
+    generated: Vec<Range<usize>>,
+    visits: &[Visit],
+) -> Result<Vec<(Range<usize>, Option<usize>)>> {
+    let is_answer = |message: &&Message<'_>| message.role == Role::Assistant;
+    let excluded = conversation.messages.iter().filter(is_answer).position(|message| !message.is_trained);
+    let mut spans = Vec::new();
+    let mut next = 0;
+    for span in generated.into_iter().filter(|span| !span.is_empty()) {
+        let holds =
+            |visit: &Visit| matches!(visit, Visit::Wrote(wrote) if wrote.start <= span.start && span.end <= wrote.end);
+        // Behind the loop, the end of the text is the last answer's.
+        let is_behind = || match (conversation.messages.last(), visits.last()) {
+            (Some(last), Some(Visit::Wrote(wrote))) => last.role == Role::Assistant && wrote.end <= span.start,
+            _ => false,
+        };
+        let answer = (next..visits.len()).find(|index| holds(&visits[*index]));
+        let answer = answer.or_else(|| is_behind().then(|| visits.len() - 1));
+        next = answer.unwrap_or(next);
+        match answer {
+            Some(index) if excluded.is_none() || conversation.messages[index].is_trained => spans.push((span, answer)),
+            Some(_) => {}
+            None if excluded.is_none() => spans.push((span, None)),
+            None => {
+                let message = "can't tell which answers the template marks, and not all are to be trained on";
+                return Err(Error::new(ErrorKind::MaskUnproved, message));
+            }
+        }
+    }
+    Ok(spans)
 }
 
 struct Proof<'p> {
@@ -167,38 +249,42 @@ struct Proof<'p> {
     conversation: &'p Conversation<'p>,
     messages: &'p Items<'p>,
     text: &'p str,
+    /// The prompts that the text before an answer may end with.
+    prompts: &'p [Prompt],
 }
 
-fn unproved(index: usize, reason: impl std::fmt::Display) -> Error {
+pub(super) fn unproved(index: usize, reason: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::MaskUnproved, format!("can't prove what of the text is this answer: {reason}"))
         .at_location(format!("messages[{index}]"))
 }
 
 impl<'p> Proof<'p> {
     /// Compares the text of other messages with the whole text: the bytes that agree, and what follows instead.
-    fn compare<'m>(&self, messages: Items<'m>, with_prompt: bool) -> Eval<(usize, Vec<u8>)>
+    fn compare<'m>(&self, messages: Items<'m>, prompt: Prompt) -> Eval<(usize, Vec<u8>)>
     where
         'p: 'm,
     {
         let tools = self.conversation.tools.as_ref();
-        let Difference { common, rest, .. } = self.template.compare(messages, tools, with_prompt, self.text)?;
+        let Difference { common, rest, .. } = self.template.compare(messages, tools, prompt, self.text)?;
         Ok((common, rest))
     }
 
-    fn span(&self, index: usize, visit: &Visit) -> Result<Range<usize>> {
-        let start = match self.compare(self.messages.window(0..index), true) {
-            Ok((start, rest)) if rest.is_empty() => start,
-            Ok((common, rest)) => {
+    /// Where an answer stands, or how the text before it differs from what the model would see.
+    fn span(&self, index: usize, visit: &Visit) -> Result<std::result::Result<Range<usize>, String>> {
+        let start = match self.start(index) {
+            Ok(Ok(start)) => start,
+            Ok(Err((common, rest))) => {
                 let start = common.saturating_sub(20);
                 let seen = String::from_utf8_lossy(&self.text.as_bytes()[start..common]);
                 let rest: String = String::from_utf8_lossy(&rest).chars().take(20).collect();
                 let reason = format!(
                     "the model would see {rest:?} behind {seen:?}, where the conversation goes on in another way"
                 );
-                return Err(unproved(index, reason).with_hint(
-                    "the template changes earlier text or opens the answer in its generation prompt; \
-                     use a template with {% generation %} markers or another named template",
-                ));
+                if index + 1 < self.messages.len() {
+                    return Ok(Err(reason));
+                }
+                return Err(unproved(index, reason)
+                    .with_hint("use a template with {% generation %} markers or another named template"));
             }
             Err(failure) => {
                 return Err(unproved(index, format!("the messages before it don't render: {}", sentence(&failure))));
@@ -211,10 +297,38 @@ impl<'p> Proof<'p> {
             self.inner_end(index, start, visit)
         };
         match end {
-            Some(end) if end > start => Ok(start..end),
+            Some(end) if end > start => Ok(Ok(start..end)),
             Some(_) => Err(unproved(index, "the template writes nothing of it")),
             None => Err(unproved(index, "its end can't be told from what follows")),
         }
+    }
+
+    /// Where an answer begins, or else how far the text agrees with the text and prompt before it, and what follows there.
+    fn start(&self, index: usize) -> Eval<std::result::Result<usize, (usize, Vec<u8>)>> {
+        let mut difference: Option<(usize, Vec<u8>)> = None;
+        for prompt in self.prompts {
+            if *prompt == Prompt::WithoutThinking && !self.template.knows_thinking() {
+                continue;
+            }
+            // The last prompt is the first without its end.
+            let (common, rest) = match (prompt, &difference) {
+                (Prompt::Unopened, Some(difference)) => difference.clone(),
+                _ => self.compare(self.messages.window(0..index), *prompt)?,
+            };
+            if rest.is_empty() {
+                return Ok(Ok(common));
+            }
+            if let (Prompt::Unopened, Some(opened)) = (prompt, &self.template.endings().opened)
+                && let Some(start) = (common + rest.len()).checked_sub(opened.len())
+                && start <= common
+                && [&self.text.as_bytes()[start..common], &rest].concat() == opened.as_bytes()
+                && self.text.is_char_boundary(start)
+            {
+                return Ok(Ok(start));
+            }
+            difference.get_or_insert((common, rest));
+        }
+        Ok(Err(difference.expect("there is a first prompt")))
     }
 
     /// The end of an answer whose text, white space behind it included, is `start..end`; and whether it ends its turn.
@@ -233,11 +347,11 @@ impl<'p> Proof<'p> {
             return Some(end);
         }
         let cut = || self.messages.window(0..index + 1);
-        let by_cut = match self.compare(cut(), false) {
+        let by_cut = match self.compare(cut(), Prompt::None) {
             Ok((end, rest)) if rest.is_empty() => self.trimmed(start, end),
             _ => None,
         };
-        let by_prompt = match (&self.template.endings().prompt, self.compare(cut(), true)) {
+        let by_prompt = match (&self.template.endings().prompt, self.compare(cut(), Prompt::Answer)) {
             (Some(prompt), Ok((common, rest))) => {
                 let end = (common + rest.len()).checked_sub(prompt.len())?;
                 let agrees = end <= common && {
@@ -253,28 +367,36 @@ impl<'p> Proof<'p> {
 
     /// Does the text up to `end` stay the same whatever follows message `index`?
     fn is_independent(&self, index: usize, end: usize) -> bool {
-        let messages = followed_by_another(self.conversation, index);
-        let difference = self.compare(input::messages(&messages), false);
-        difference.is_ok_and(|(common, _)| common >= end)
+        [1, self.conversation.messages.len() - index - 1].into_iter().any(|num_others| {
+            let messages = followed_by_others(self.conversation, index, num_others);
+            let difference = self.compare(input::messages(&messages), Prompt::None);
+            difference.is_ok_and(|(common, _)| common >= end)
+        })
     }
 }
 
-/// The conversation up to message `index`, and another message in the place of the next one.
-pub(super) fn followed_by_another<'c>(conversation: &Conversation<'c>, index: usize) -> Vec<Message<'c>> {
-    let next = &conversation.messages[index + 1];
-    let mut other = Message { role: next.role, fields: Vec::new() };
-    for member in &next.fields {
+/// The conversation up to message `index`, and other messages in the place of the next `num_others`.
+pub(super) fn followed_by_others<'c>(
+    conversation: &Conversation<'c>,
+    index: usize,
+    num_others: usize,
+) -> Vec<Message<'c>> {
+    let (before, behind) = conversation.messages.split_at(index + 1);
+    before.iter().cloned().chain(behind[..num_others].iter().map(other_message)).collect()
+}
+
+fn other_message<'c>(message: &Message<'c>) -> Message<'c> {
+    let mut other = Message { role: message.role, fields: Vec::new(), is_trained: false };
+    for member in &message.fields {
         let mut member = member.clone();
         if member.key == "content" {
             member.value.data = other_content(&member.value);
         }
-        if next.role != Role::Assistant || matches!(&*member.key, "role" | "content") {
+        if message.role != Role::Assistant || matches!(&*member.key, "role" | "content") {
             other.fields.push(member);
         }
     }
-    let mut messages = conversation.messages[..=index].to_vec();
-    messages.push(other);
-    messages
+    other
 }
 
 /// A content that differs from `content` in its first letter.
