@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 import sft_fast
+from sft_fast import lease
+from sft_fast.cache import list_cache, prune_cache
 from tests.data_helpers import contents, dump_lines, random_records
 
 OPTIONS: dict[str, Any] = {"sequence_length": 1024, "system_key": "system", "query_key": "input"}
@@ -128,6 +130,81 @@ def test_ctrl_c_stops_the_work(large_file: Path, tokenizer_dir: Path, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_ends_the_command(large_file: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Ctrl-C at random moments of the work ends the command with 130 and one line, and nothing is left."""
+    options = ["--output-dir", tmp_path / "here" / "out", "--tokenizer", tokenizer_dir, "--sequence-length", 1024]
+    # On one thread the file, taken many times over, takes far longer than the signal.
+    arguments = ["preprocess", *[large_file] * 20, *options, "--num-threads", 1]
+    code = "import sys, sft_fast; from sft_fast.cli import main; print('ready', flush=True); main(sys.argv[1:])"
+    delays = random.Random(8)
+    for _ in range(6):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delays.uniform(0.1, 1.0))
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+
+        assert (process.returncode, errors) == (130, "error: interrupted; nothing half-done is left\n")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_beside_others_in_a_cache(large_file: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Of three processes that want a dataset of a cache, whichever is killed when, the others get it, made once."""
+    cache = tmp_path / "cache"
+    code = (
+        f"tokenizer, cache, file = sys.argv[1:]\nprint('ready', flush=True)\n"
+        f"report = sft_fast.ensure_dataset(file, cache, tokenizer=tokenizer, **{OPTIONS!r})\n"
+        "sft_fast.verify(report.path)\nprint(report.path, report.reused)"
+    )
+    choose = random.Random(6)
+    for _ in range(5):
+        processes = [start(code, tokenizer_dir, cache, large_file) for _ in range(3)]
+        time.sleep(choose.uniform(0, 0.6))
+        killed = processes.pop(choose.randrange(3))
+        kill(killed)
+        lines = [finish(process).split() for process in processes]
+
+        assert len({path for path, _ in lines}) == 1
+        # Nobody made it if the killed one was done with it; never did two.
+        assert [reused for _, reused in lines].count("False") <= 1
+        [dataset] = list_cache(cache).datasets
+        assert (dataset.state, dataset.is_in_use) == ("whole", False)
+        assert [leftover.is_alive for leftover in list_cache(cache).leftovers if leftover.is_alive] == []
+        prune_cache(cache, all_datasets=True)
+        assert list(cache.iterdir()) == []
+
+
+def test_every_worker_killed_leaves_litter_only(large_file: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Killed at random moments, what is in the cache is a whole dataset or litter that is known and goes."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    code = (
+        "tokenizer, cache, file = sys.argv[1:]\nprint('ready', flush=True)\n"
+        f"sft_fast.ensure_dataset(file, cache, tokenizer=tokenizer, **{OPTIONS!r})"
+    )
+    choose = random.Random(7)
+    num_leftovers = 0
+    for _ in range(12):
+        process = start(code, tokenizer_dir, cache, large_file)
+        time.sleep(choose.uniform(0, 0.6))
+        kill(process)
+        content = list_cache(cache)
+        assert all(dataset.state == "whole" for dataset in content.datasets)
+        for dataset in content.datasets:
+            sft_fast.verify(dataset.path)
+        known = {part.path for part in (*content.datasets, *content.leftovers)}
+        assert known == {str(path) for path in cache.iterdir()}
+        num_leftovers += len(content.leftovers)
+        report = prune_cache(cache)
+        assert len(report.leftovers) == len(content.leftovers)
+        assert [str(path) for path in cache.iterdir()] == [dataset.path for dataset in content.datasets]
+        prune_cache(cache, all_datasets=choose.random() < 0.5)
+
+    assert num_leftovers > 2
+
+
 def test_a_full_disk_is_one_error(tokenizer_dir: Path, tmp_path: Path) -> None:
     """Wherever the disk becomes full, the error is a FileError that says so, and nothing is left."""
     path = tmp_path / "data.jsonl"
@@ -227,3 +304,73 @@ for out in ('new', 'new/out', 'made/out'):
     assert len(lines) == 4
     assert all(line.startswith("2 could not make the ") and "ermission denied" in line for line in lines[1:])
     assert contents(open_directory) == before
+
+
+def test_a_read_only_cache_is_used(tokenizer_dir: Path, open_directory: Path) -> None:
+    """In a cache where nothing may be written, a dataset is found and used; pruning there is a FileError."""
+    path = open_directory / "data.jsonl"
+    path.write_bytes(dump_lines(random_records(5)))
+    cache = open_directory / "cache"
+    made = sft_fast.ensure_dataset(path, cache, tokenizer=tokenizer_dir, **OPTIONS)
+    model = open_directory / "model"
+    model.mkdir()
+    for file in tokenizer_dir.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    lease._kept.clear()
+    before = contents(open_directory)
+    for directory in (cache, Path(made.path), open_directory):
+        directory.chmod(0o555)
+    code = f"""
+import os
+from sft_fast.cache import list_cache, prune_cache
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+print('ready', flush=True)
+tokenizer, cache, path = sys.argv[1:]
+print(sft_fast.ensure_dataset(path, cache, tokenizer=tokenizer, **{OPTIONS!r}).reused)
+print(list_cache(cache).datasets[0].state, list_cache(cache).datasets[0].is_in_use)
+try:
+    prune_cache(cache, all_datasets=True)
+except sft_fast.FileError as error:
+    print(error.message)
+from sft_fast import lease
+lease._kept.clear()
+try:
+    prune_cache(cache, all_datasets=True)
+except sft_fast.FileError as error:
+    print(error.message)
+"""
+    lines = finish(start(code, model, cache, path)).splitlines()
+    for directory in (open_directory, cache, Path(made.path)):
+        directory.chmod(0o755)
+
+    assert lines[:2] == ["True", "whole True"]
+    assert lines[2:] == ["could not remove: Permission denied"]
+    assert contents(open_directory) == before
+
+
+def test_a_dataset_opens_or_is_one_error_with_few_file_handles(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """However few files a process may open, a dataset opens whole or is a FileError that says why."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(dump_lines(random_records(50)))
+    sft_fast.preprocess(path, tmp_path / "out", tokenizer=tokenizer_dir, **OPTIONS)
+    code = """
+import os, resource
+print('ready', flush=True)
+sft_fast.Dataset(sys.argv[1])
+first = max(map(int, os.listdir('/proc/self/fd')))
+for spare in range(6):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first + spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        result = str(len(sft_fast.Dataset(sys.argv[1])))
+    except sft_fast.FileError as error:
+        result = error.message
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    print(result)
+"""
+    results = finish(start(code, tmp_path / "out")).splitlines()
+
+    assert len(results) == 6
+    assert all(result == "50" or "Too many open files" in result for result in results)
+    assert (results[0] != "50", results[-1]) == (True, "50")

@@ -193,10 +193,7 @@ def test_a_manifest_cut_anywhere_is_refused(whole: Path) -> None:
     """A manifest that ends early, at any byte, is a DatasetError."""
     path = whole / "manifest.json"
     content = path.read_bytes()
-    # The header ends with many spaces; a few of them stand for all.
-    num_header_bytes = 8 + int.from_bytes(content[:8], "little")
-    spaces = range(len(content[:num_header_bytes].rstrip()) + 2, num_header_bytes - 2)
-    for length in (length for length in range(len(content)) if length not in spaces):
+    for length in range(len(content)):
         path.write_bytes(content[:length])
         with pytest.raises(DatasetError):
             sft_fast.Dataset(whole)
@@ -328,6 +325,37 @@ def test_verify_proves_the_manifest(whole: Path, edit: Callable[[dict[str, Any]]
 
     with pytest.raises(DatasetError):
         sft_fast.verify(whole)
+
+
+def test_verify_finds_every_changed_byte(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Any byte of a shard or of a list of segments that is another, more or missing is found, wherever it is."""
+    directory = Path(make_dataset(tmp_path, tokenizer_dir, random_records(4)).path)
+    sft_fast.verify(directory)
+    for path in (directory / "shard-00000.safetensors", directory / "segments.jsonl"):
+        content = path.read_bytes()
+        changed = [content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :] for at in range(len(content))]
+        for wrong in (*changed, content + b"\0", content[:-1], content[1:], b""):
+            path.write_bytes(wrong)
+            with pytest.raises(DatasetError):
+                sft_fast.verify(directory)
+        path.write_bytes(content)
+    sft_fast.verify(directory)
+
+
+def test_verify_knows_shards_apart(tmp_path: Path) -> None:
+    """Shards that changed places, or come from another dataset, are found."""
+    directory = write_dataset(tmp_path / "dataset", [SAMPLES[1]] * 4, shard_sizes=[2])
+    other = write_dataset(tmp_path / "other", [([9, 8], [False, True])] * 4, shard_sizes=[2])
+    names = [f"shard-{number:05}.safetensors" for number in range(2)]
+    for first, second in ((directory / names[0], directory / names[1]), (directory / names[1], other / names[1])):
+        contents_before = first.read_bytes(), second.read_bytes()
+        first.write_bytes(contents_before[1])
+        second.write_bytes(contents_before[0])
+        with pytest.raises(DatasetError, match="SHA-256"):
+            sft_fast.verify(directory)
+        first.write_bytes(contents_before[0])
+        second.write_bytes(contents_before[1])
+    sft_fast.verify(directory)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 99, 100, 700, 1000])

@@ -28,6 +28,9 @@ TRAIN_PACKAGES = frozenset(
     ("accelerate", "deepspeed", "peft", "ray", "safetensors", "tensorboard", "torch", "transformers")
 )
 
+# What typer ends with after Ctrl-C: 128 and the number of the signal.
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="sft-fast",
     help="Supervised fine-tuning of language models: records in, a fine-tuned model out.",
@@ -366,6 +369,8 @@ def _missing_package(error: ModuleNotFoundError) -> Exception:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and ends the process: 0 done, 1 the run failed, 2 the input or configuration is wrong.
 
+    Ctrl-C is 130, as of any command that ends by it.
+
     An error is one text on stderr; with `SFT_FAST_DEBUG=1` its traceback comes first.
     """
     try:
@@ -385,6 +390,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 text += "\n  this is a mistake in sft-fast; SFT_FAST_DEBUG=1 shows where it happened"
         console.print_error(text)
         sys.exit(status)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, KeyboardInterrupt) or end.code == INTERRUPTED:
+            console.print_error("interrupted; nothing half-done is left")
+            sys.exit(INTERRUPTED)
+        raise
     sys.exit(0)
 
 
