@@ -243,6 +243,25 @@ def test_turns_are_cut_where_answers_end(name: str, model_dir: Path, tmp_path: P
         sft_fast.verify(directory / "out")
 
 
+@pytest.mark.parametrize("name", ["trl/qwen3", "trl/llama3_training", "models/deepseek-v3"])
+def test_long_chats_by_plan_are_as_one_by_one(name: str, model_dir: Path, tmp_path: Path) -> None:
+    """A chat of 150 turns whose shape comes again is rendered by plan, with the tokens and labels of the proof."""
+    source = tmp_path / "t.jinja"
+    source.write_text(TEMPLATES[name])
+    template = sft_fast.ChatTemplate.from_file(source, model_dir)
+    chats = [
+        [message for turn in range(150) for message in (say("user", f"q{chat}.{turn}"), say("assistant", f"a{turn}"))]
+        for chat in range(4)
+    ]
+    dataset = make_dataset(
+        tmp_path, model_dir, [{"messages": chat} for chat in chats], template=str(source), sequence_length=1 << 20
+    )
+
+    for chat, sample in zip(chats, dataset, strict=True):
+        ids, mask = template.encode(chat)
+        assert (ids.tolist(), mask.tolist()) == (sample.input_ids.tolist(), sample.label_mask.tolist())
+
+
 def test_an_answer_that_lost_its_end_is_counted(model_dir: Path, tmp_path: Path) -> None:
     """`truncate` counts samples that are cut, and those of them whose last answer is cut."""
     messages = [say("user", "q"), say("assistant", "an answer"), say("user", "question " * 9), say("assistant", "b")]

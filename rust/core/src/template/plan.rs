@@ -22,7 +22,7 @@ use crate::conversation::{Conversation, Message};
 use crate::json::Data;
 
 /// Conversations of more messages have no plan: their shapes seldom come twice.
-const MAX_MESSAGES: usize = 128;
+const MAX_MESSAGES: usize = 512;
 /// How many shapes are remembered.
 const MAX_SHAPES: usize = 4096;
 /// How many steps all plans have together.
