@@ -104,6 +104,9 @@ pub fn work(
     }
 }
 
+/// A thread may store more than it encodes, and must not hoard.
+const MAX_SPARES: usize = 2;
+
 struct Worker<'a> {
     options: &'a Options,
     model: &'a Model,
@@ -126,8 +129,10 @@ impl Worker<'_> {
             }
             Task::Job(Job::Store { shard, writer, first, mut ids }) => {
                 writer.write_tokens(first, &ids)?;
-                ids.clear();
-                self.spare_ids.push(ids);
+                if self.spare_ids.len() < MAX_SPARES {
+                    ids.clear();
+                    self.spare_ids.push(ids);
+                }
                 Ok(Event::Stored { shard })
             }
             Task::Job(Job::Finish { shard, writer, index }) => {
