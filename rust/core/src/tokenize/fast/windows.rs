@@ -5,7 +5,8 @@
 //! character. A window knows only its own bytes, up to the first that is not ASCII; of the starts it finds, those that do not
 //! depend on what follows are *sure*. The last of them is where the next window begins, so nothing is carried from one to the next.
 //!
-//! Masks are made with AVX-512 or AVX2 where the CPU has it, else byte by byte; all ways give the same masks, and a test says so.
+//! Masks are made with AVX-512, AVX2 or NEON where the CPU has it, else byte by byte; all ways give the same masks, and a test
+//! says so.
 
 /// What a window needs to know of a tokenizer family.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,6 +45,8 @@ pub enum Level {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Plain,
 }
 
@@ -69,6 +72,10 @@ impl Level {
                 levels.push(Self::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("neon") {
+            levels.push(Self::Neon);
+        }
         levels.push(Self::Plain);
         levels
     }
@@ -83,6 +90,9 @@ impl Level {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { x86::starts_avx2(window, len, shape) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => unsafe { arm::starts_neon(window, len, shape) },
             Self::Plain => starts(&plain_masks(window), window, len, shape),
         }
     }
@@ -186,6 +196,49 @@ mod x86 {
             all.not_ascii |= mask(bytes);
         }
         all
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use super::{Masks, Shape, starts};
+    use std::arch::aarch64::*;
+
+    #[target_feature(enable = "neon")]
+    pub fn starts_neon(window: &[u8; 64], len: usize, shape: Shape) -> u64 {
+        starts(&masks_neon(window), window, len, shape)
+    }
+
+    #[target_feature(enable = "neon")]
+    pub fn masks_neon(window: &[u8; 64]) -> Masks {
+        // SAFETY: the array has 64 bytes, of which 16 are read from 0, 16, 32 and 48 on.
+        let bytes: [uint8x16_t; 4] = std::array::from_fn(|i| unsafe { vld1q_u8(window.as_ptr().add(16 * i)) });
+        // A bit for each of the eight bytes of a half vector; neighbours are added until a byte holds eight bits.
+        let bits = vcombine_u8(vcreate_u8(0x8040_2010_0804_0201), vcreate_u8(0x8040_2010_0804_0201));
+        let mask = |found: [uint8x16_t; 4]| {
+            let [a, b, c, d] = found.map(|found| vandq_u8(found, bits));
+            let sums = vpaddq_u8(vpaddq_u8(a, b), vpaddq_u8(c, d));
+            vgetq_lane_u64::<0>(vreinterpretq_u64_u8(vpaddq_u8(sums, sums)))
+        };
+        let is = |byte: u8| mask(bytes.map(|bytes| vceqq_u8(bytes, vdupq_n_u8(byte))));
+        let within = |bytes: [uint8x16_t; 4], first: u8, last: u8| {
+            mask(bytes.map(|bytes| vcleq_u8(vsubq_u8(bytes, vdupq_n_u8(first)), vdupq_n_u8(last - first))))
+        };
+        let small = bytes.map(|bytes| vorrq_u8(bytes, vdupq_n_u8(0x20)));
+        let blank = is(b' ');
+        let space = blank | within(bytes, b'\t', b'\r');
+        Masks {
+            letter: within(small, b'a', b'z'),
+            upper: within(bytes, b'A', b'Z'),
+            digit: within(bytes, b'0', b'9'),
+            space,
+            newline: is(b'\n') | is(b'\r'),
+            blank,
+            apostrophe: is(b'\''),
+            slash: is(b'/'),
+            control: (within(bytes, 0, 0x1f) | is(0x7f)) & !space,
+            not_ascii: within(bytes, 0x80, 0xff),
+        }
     }
 }
 
@@ -372,7 +425,6 @@ mod tests {
 
     /// The CPU's ways to make masks give those made byte by byte, for each byte at each place.
     #[test]
-    #[cfg(target_arch = "x86_64")]
     fn masks_equal_plain_masks() {
         for byte in 0..=255u8 {
             for place in 0..64 {
@@ -382,8 +434,13 @@ mod tests {
                 for level in Level::all() {
                     let masks = match level {
                         // SAFETY: the CPU has what the level needs, or `all` would not give it.
+                        #[cfg(target_arch = "x86_64")]
                         Level::Avx512 => unsafe { x86::masks_avx512(&window) },
                         // SAFETY: as above.
+                        #[cfg(target_arch = "aarch64")]
+                        Level::Neon => unsafe { arm::masks_neon(&window) },
+                        // SAFETY: as above.
+                        #[cfg(target_arch = "x86_64")]
                         Level::Avx2 => unsafe { x86::masks_avx2(&window) },
                         Level::Plain => continue,
                     };
