@@ -54,8 +54,8 @@ docs: $(INSTALLED)  ## write the generated parts of docs/
 	$(BIN)/python docs/generate_configuration.py
 
 .PHONY: bench
-bench: $(INSTALLED)  ## measure preprocessing on this machine
-	cargo bench --locked --workspace
+bench: $(INSTALLED)  ## measure beside what others use, and write docs/benchmarks.md; ARGS="--help" for more
+	$(BIN)/python benches/run.py $(ARGS)
 
 .PHONY: fuzz
 fuzz:  ## fuzz the readers and the tokenizer engine, SECONDS_EACH (60) for each of four targets

@@ -230,7 +230,7 @@ pub fn families() -> Vec<(&'static str, Value)> {
 }
 
 /// The letter of each byte.
-fn alphabet() -> Vec<char> {
+pub fn alphabet() -> Vec<char> {
     let printable = |byte: &u32| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let mut next = 0x100..;
     (0..256).map(|byte| char::from_u32(if printable(&byte) { byte } else { next.next().unwrap() }).unwrap()).collect()
