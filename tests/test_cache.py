@@ -227,7 +227,7 @@ def test_what_is_not_the_cache_is_never_touched(cache: Path, tmp_path: Path) -> 
 
 def hold(code: str, *arguments: Any) -> "subprocess.Popen[str]":
     """A process that runs `code` and has printed its first line."""
-    command = [sys.executable, "-c", f"import sys, time, sft_fast\n{code}", *map(str, arguments)]
+    command = [sys.executable, "-u", "-c", f"import sys, time, sft_fast\n{code}", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()

@@ -180,7 +180,9 @@ def test_plain_chatml_equals_the_models_own(reference: PreTrainedTokenizerFast, 
             assert expected_text(reference, models, (read, None)) == text
 
 
-CHARACTERS = st.sampled_from("ab <>|/\n\t\"'\\{}%é中😀\u200b\x1c[]:") | st.characters(codec="utf-8")
+# How a list prints a character that the reference's Python does not know ("Cn") depends on its version of Unicode.
+KNOWN = st.characters(codec="utf-8", exclude_categories=["Cn"])
+CHARACTERS = st.sampled_from("ab <>|/\n\t\"'\\{}%é中😀\u200b\x1c[]:") | KNOWN
 TEXT = st.text(CHARACTERS, min_size=1, max_size=20).filter(lambda text: text.strip() != "")
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
