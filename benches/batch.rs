@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use sft_fast_core::assemble::{Assembler, Description};
 use sft_fast_core::batch::{Arrays, IGNORE_INDEX, fill};
-use sft_fast_core::manifest::Dataset;
+use sft_fast_core::dataset::Dataset;
 use sft_fast_core::pack::pack;
 use sft_fast_core::shard::TokenType;
 

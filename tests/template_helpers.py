@@ -19,6 +19,13 @@ DATE = "2026-11-24"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
+def make_model_dir(directory: Path, tokenizer_dir: Path) -> Path:
+    """Makes a model directory with the tokenizer of another, and the special tokens that templates print."""
+    (directory / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    (directory / "tokenizer_config.json").write_text(json.dumps(TOKENS), "utf-8")
+    return directory
+
+
 def package_dir(name: str) -> Path:
     """Where a package is installed, without importing it."""
     spec = find_spec(name)

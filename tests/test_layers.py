@@ -37,6 +37,7 @@ RUST_LAYERS = [
     {"hash"},
     {"source", "conversation", "tokenize", "staging", "shard", "listing", "pack"},
     {"plan", "template", "sample", "manifest"},
+    {"dataset"},
     {"model", "batch"},
     {"sampler", "assemble"},
     {"preprocess"},

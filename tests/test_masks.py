@@ -1,7 +1,6 @@
 """What is trained on: by policy, by the record, and where a template changes earlier turns."""
 
 import itertools
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import sft_fast
 from sft_fast.errors import InputError
 from tests.conftest import make_tokenizer_dir
 from tests.data_helpers import dump_lines, make_dataset
-from tests.template_helpers import TEMPLATES, TOKENS, Message, call, compile_template, say
+from tests.template_helpers import TEMPLATES, Message, call, compile_template, make_model_dir, say
 
 # Templates that drop the thinking of earlier turns; the second opens a thought in its generation prompt.
 DROPS = ["trl/qwen3", "trl/qwen3_5_think", "models/glm-4.7-flash", "models/glm-4.5v", "trl/nemotron_3_nano"]
@@ -21,10 +20,7 @@ DROPS = ["trl/qwen3", "trl/qwen3_5_think", "models/glm-4.7-flash", "models/glm-4
 @pytest.fixture(scope="module")
 def model_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny tokenizer, with the special tokens that templates print."""
-    directory = tmp_path_factory.mktemp("model")
-    (directory / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
-    (directory / "tokenizer_config.json").write_text(json.dumps(TOKENS), "utf-8")
-    return directory
+    return make_model_dir(tmp_path_factory.mktemp("model"), tokenizer_dir)
 
 
 def trained(template: sft_fast.ChatTemplate, messages: list[Message], **policies: str | bool) -> list[str]:

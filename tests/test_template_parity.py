@@ -1,7 +1,6 @@
 """Chat templates against `transformers`: every template of the packages at hand, over a grid of conversations."""
 
 import datetime
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,18 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 import sft_fast
-from tests.template_helpers import DATE, GRID, TEMPLATES, TOKENS, TOOLS, Conversation, call, compile_template, say
+from tests.template_helpers import (
+    DATE,
+    GRID,
+    TEMPLATES,
+    TOKENS,
+    TOOLS,
+    Conversation,
+    call,
+    compile_template,
+    make_model_dir,
+    say,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +47,7 @@ def pinned_date(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def model_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny tokenizer, with the special tokens of the reference."""
-    directory = tmp_path_factory.mktemp("model")
-    (directory / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
-    (directory / "tokenizer_config.json").write_text(json.dumps(TOKENS), "utf-8")
-    return directory
+    return make_model_dir(tmp_path_factory.mktemp("model"), tokenizer_dir)
 
 
 def render(template: sft_fast.ChatTemplate, conversation: Conversation) -> tuple[str, list[tuple[int, int]]] | None:

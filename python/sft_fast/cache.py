@@ -198,7 +198,12 @@ def _entries(root: Path) -> list[Path]:
     try:
         return sorted(root.iterdir())
     except OSError as error:
-        raise _file_error("read the directory", root, error) from error
+        raise _file_error(
+            "read the directory",
+            root,
+            error,
+            "name the one that holds the data sets: data_cache_dir of the configuration",
+        ) from error
 
 
 def _leftover(path: Path) -> Leftover | None:
@@ -334,8 +339,8 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _file_error(what: str, path: Path, error: OSError) -> FileError:
-    return FileError(f"could not {what}: {error.strerror or error}", path=str(path))
+def _file_error(what: str, path: Path, error: OSError, hint: str | None = None) -> FileError:
+    return FileError(f"could not {what}: {error.strerror or error}", path=str(path), hint=hint)
 
 
 _DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}

@@ -184,7 +184,7 @@ def policy_rows(report: Report) -> list[tuple[str, str]]:
         ("truncated", report.num_truncated, "samples"),
         ("cut answers", report.num_cut_answers, "samples end within an answer"),
         ("skipped answers", report.num_skipped_answers, "whose thinking the template leaves out"),
-        ("control text", report.num_control_text, "samples spell a control token, encoded as ordinary text"),
+        ("control text", report.num_control_text, "with text that spells a control token, encoded as ordinary text"),
     ]
     return [(name, f"{count(number)} {what}") for name, number, what in rows if number]
 

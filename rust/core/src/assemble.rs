@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use crate::dataset::Dataset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::sha256_of_file;
 use crate::listing::Listing;
 use crate::manifest::{
-    DATASET_FORMAT, Dataset, FORMAT_VERSION, Manifest, Occupant, REJECTED_NAME, Recipe, SEGMENTS_NAME, Segment,
-    SourceInfo, quantiles, shard_name,
+    DATASET_FORMAT, FORMAT_VERSION, Manifest, Occupant, REJECTED_NAME, Recipe, SEGMENTS_NAME, Segment, SourceInfo,
+    quantiles, shard_name,
 };
 use crate::shard::write::{ShardIndex, ShardWriter};
 use crate::shard::{ShardInfo, TokenType};

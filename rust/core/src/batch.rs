@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::manifest::Dataset;
+use crate::dataset::Dataset;
 use crate::shard::TokenIds;
 
 /// Label of a position without a loss, as in PyTorch and `transformers`.

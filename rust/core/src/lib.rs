@@ -8,6 +8,7 @@
 pub mod assemble;
 pub mod batch;
 pub mod conversation;
+pub mod dataset;
 pub mod error;
 pub mod hash;
 pub mod json;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use numpy::{PyArray1, ToPyArray};
 use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
-use sft_fast_core::manifest::Dataset as CoreDataset;
+use sft_fast_core::dataset::Dataset as CoreDataset;
 use sft_fast_core::pack;
 
 use crate::error::{detached, to_python};

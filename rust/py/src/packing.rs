@@ -7,7 +7,7 @@ use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadwriteArray2, PyUntypedArra
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 use sft_fast_core::batch::{Arrays, Segments, fill};
-use sft_fast_core::manifest::Dataset;
+use sft_fast_core::dataset::Dataset;
 use sft_fast_core::pack::{PackError, Packing as CorePacking};
 use sft_fast_core::plan::{self, CostModel, StepPlanner, assign, imbalance, row_cost};
 use sft_fast_core::{Error, ErrorKind};

@@ -16,8 +16,9 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use crate::conversation::FieldMapping;
+use crate::dataset::Dataset;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{DATASET_FORMAT, Dataset, FORMAT_VERSION, Manifest, Occupant, Recipe, SourceInfo};
+use crate::manifest::{DATASET_FORMAT, FORMAT_VERSION, Manifest, Occupant, Recipe, SourceInfo};
 use crate::model::Model;
 use crate::sample::TooLong;
 use crate::sampler::Policies;

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::Place;
-use crate::manifest::{Dataset, MANIFEST_NAME, Recipe, Sample};
+use crate::dataset::{Dataset, Sample};
+use crate::manifest::{MANIFEST_NAME, Manifest, Recipe};
 
 /// How many datasets of a cache are looked into, the newest first.
 const MAX_DATASETS: usize = 4;
@@ -40,12 +41,13 @@ impl Reuse {
     /// read is passed over.
     pub fn find(place: &Place, recipe: &Recipe) -> Self {
         let mut reuse = Self::default();
-        let is_alike = |dataset: &Dataset| dataset.manifest().recipe == *recipe;
-        for directory in candidates(place) {
+        // Told by the manifest alone: a cache may be full of others, and opening reads all their offsets.
+        let is_alike = |directory: &PathBuf| Manifest::read(directory).is_ok_and(|manifest| manifest.recipe == *recipe);
+        for directory in candidates(place).into_iter().filter(is_alike) {
             if reuse.datasets.len() == MAX_DATASETS {
                 break;
             }
-            let Some(dataset) = Dataset::open(&directory).ok().filter(is_alike) else { continue };
+            let Ok(dataset) = Dataset::open(&directory) else { continue };
             let Ok(segments) = dataset.segments() else { continue };
             let mut first = 0;
             for segment in segments {
