@@ -24,7 +24,12 @@ $(INSTALLED): $(SOURCES)
 
 .PHONY: build
 build: $(INSTALLED)  ## build a wheel into dist/
-	$(BIN)/maturin build --release --out dist
+	rm -f dist/*.whl
+	$(BIN)/maturin build --release --locked --out dist
+
+.PHONY: test-wheel
+test-wheel: build  ## install the wheel into each Python from 3.10 to 3.13 that is here, and work there
+	$(BIN)/python scripts/test_wheel.py dist/*.whl
 
 .PHONY: demo
 demo: $(INSTALLED)  ## fine-tune a small real model on this machine, and show what it learned

@@ -177,9 +177,10 @@ def train(config_name: ConfigName, overrides: Overrides = None, config_path: Con
     config = _load(config_path, config_name, overrides)
     try:
         from sft_fast.train.pipeline import SFTPipeline
-    except ModuleNotFoundError as error:
+
+        SFTPipeline(config).run()
+    except ModuleNotFoundError as error:  # Ray and others are imported as late as they are needed
         raise _missing_package(error) from error
-    SFTPipeline(config).run()
 
 
 @app.command()
