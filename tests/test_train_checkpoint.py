@@ -14,13 +14,14 @@ from sft_fast.train.checkpoint import (
     CLUSTER_NAME,
     Checkpoint,
     TrainState,
+    best_checkpoint,
     check_agreement,
     checkpoint_to_resume,
     clean_up,
     commit,
     find_checkpoints,
-    keep_newest,
     read_checkpoint,
+    remove_old,
     staging_directory,
 )
 from sft_fast.train.metrics import MetricsFile, StepMetrics
@@ -152,10 +153,22 @@ def test_only_the_newest_of_a_run_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
 
-    keep_newest(str(tmp_path), "a", 0)
+    remove_old(str(tmp_path), "a", 0)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-9"]
-    keep_newest(str(tmp_path), "a", 2)
+    remove_old(str(tmp_path), "a", 2)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-9"]
+
+
+def test_the_best_of_a_run_is_kept(tmp_path: Path) -> None:
+    """The checkpoint with the lowest validation loss stays beside the newest ones; without a validation none does."""
+    for step, val_loss in enumerate((3.0, 1.0, None, 2.0, 1.0), start=1):
+        save(tmp_path, step, val_loss=val_loss)
+        remove_old(str(tmp_path), "a", 1)
+
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+    best = best_checkpoint(find_checkpoints(str(tmp_path)))
+    assert best is not None
+    assert (best.state.step, best.state.val_loss) == (2, 1.0)
 
 
 def test_nothing_to_resume_is_a_fresh_start(tmp_path: Path) -> None:

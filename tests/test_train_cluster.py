@@ -14,11 +14,13 @@ import pytest
 from sft_fast import ConfigError, TrainError
 from sft_fast.config import SFTConfig
 from sft_fast.train import cluster as clusters
+from sft_fast.train import pipeline as pipelines
 from sft_fast.train.checkpoint import TrainState, commit, staging_directory
 from sft_fast.train.cluster import Cluster, Failure, LocalCluster, first_cause, to_error
+from sft_fast.train.metrics import MetricsFile, StepMetrics
 from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.worker import TrainStepReport
-from tests.train_helpers import Workspace, dataset_of, run_worker, start_worker
+from tests.train_helpers import Workspace, broken_workspace, dataset_of, run_worker, start_worker
 
 NODES = [
     {"NodeID": "b", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
@@ -252,3 +254,149 @@ def test_a_killed_rank_is_the_first_cause(workspace: Workspace, ray_session: Any
     with pytest.raises(TrainError, match=r"rank 1 on .* died"):
         wait_for_all()
     assert time.monotonic() - start < 3 * clusters.GRACE_SECONDS
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["stopped", "endless"])
+def test_a_hung_rank_is_named(workspace: Workspace, ray_session: Any, kind: str) -> None:
+    """A process that is stopped, and one that works for ever at one step, end the run within the time that is set."""
+    timeouts = {"stopped": {"heartbeat_timeout": 5.0}, "endless": {"hang_timeout": 5.0}}
+    config = two_rank_config(workspace, training={"max_steps": 1000}, **timeouts[kind])
+    cluster = Cluster(config)
+    cluster.initialize(config, dataset_of(config).path)
+    cluster.submit("train_step", 0).result()
+
+    def sleep_in_training(actor: Any) -> None:
+        def train_step_that_never_ends(step: int) -> None:
+            time.sleep(1e6)
+
+        actor._worker.train_step = train_step_that_never_ends
+
+    if kind == "stopped":
+        os.kill(cluster._pids[1], signal.SIGSTOP)
+    else:
+        ray_session.get(cluster._actors[1].__ray_call__.remote(sleep_in_training))
+    pids = cluster._pids
+    start = time.monotonic()
+    with pytest.raises(TrainError, match=r"rank 1 on .*: it ha") as caught:
+        cluster.submit("train_step", 1).result()
+
+    assert caught.value.code == "rank_hung"
+    assert time.monotonic() - start < 30
+    if kind == "endless":
+        assert "train_step_that_never_ends" in str(caught.value.hint)
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "no process is left"
+
+
+@pytest.mark.ray
+def test_a_run_starts_again_after_a_rank_is_killed(
+    workspace: Workspace, ray_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its last checkpoint, by itself, to the very metrics of a run that was never disturbed."""
+    clusters_made: list[Cluster] = []
+
+    class Remembered(Cluster):
+        """Can be found by the test."""
+
+        def __init__(self, config: SFTConfig) -> None:
+            super().__init__(config)
+            clusters_made.append(self)
+
+    def options(name: str) -> dict[str, Any]:
+        return {"output_dir": str(tmp_path / name), "logging_dir": str(tmp_path / name), "save_steps": 2}
+
+    def run(config: SFTConfig) -> list[dict[str, Any]]:
+        SFTPipeline(config).run()
+        lines = (Path(config.logging_dir) / "sft" / "metrics.jsonl").read_text().splitlines()
+        return [{name: v for name, v in json.loads(line).items() if "second" not in name} for line in lines]
+
+    expected = run(two_rank_config(workspace, **options("whole")))
+    write = MetricsFile.write
+
+    def write_and_kill(self: MetricsFile, metrics: StepMetrics) -> None:
+        write(self, metrics)
+        if metrics.step == 3 and len(clusters_made) == 1:
+            os.kill(clusters_made[0]._pids[1], signal.SIGKILL)
+
+    monkeypatch.setattr(pipelines, "Cluster", Remembered)
+    monkeypatch.setattr(MetricsFile, "write", write_and_kill)
+
+    assert run(two_rank_config(workspace, **options("killed"))) == expected
+    assert len(clusters_made) == 2
+    log = (tmp_path / "killed" / "sft" / "train.log").read_text()
+    assert "rank 1 on" in log
+    assert "starting again, 2 more times at most" in log
+
+
+def restarts_of(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, error: TrainError, fails_at: int, **changes: Any
+) -> int:
+    """How often the ranks of a run are started whose step `fails_at`, from 0, always fails."""
+    starts = []
+
+    class Failing(LocalCluster):
+        """One rank that cannot do one of the steps."""
+
+        def __init__(self, config: SFTConfig) -> None:
+            super().__init__(config)
+            starts.append(1)
+
+        def submit(self, method: str, *arguments: Any) -> Any:
+            if method == "train_step" and arguments[0] >= fails_at:
+                raise error
+            return super().submit(method, *arguments)
+
+    monkeypatch.setattr(pipelines, "LocalCluster", Failing)
+    with pytest.raises(TrainError) as caught:
+        SFTPipeline(workspace.config(**changes), use_ray=False).run()
+    assert caught.value is error
+    return len(starts)
+
+
+@pytest.mark.parametrize(
+    ("code", "fails_at", "changes", "num_starts"),
+    [
+        ("rank_died", 3, {"save_steps": 1}, 2),  # the second start cannot do its first step either
+        ("rank_hung", 3, {}, 3),  # no checkpoint: all steps again, and again
+        ("rank_hung", 3, {"max_restarts": 0}, 1),
+        ("rank_died", 0, {}, 1),  # not a single step was done
+        ("not_finite", 3, {}, 1),  # it is no failure of a process
+    ],
+)
+def test_only_what_may_help_is_tried_again(
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    fails_at: int,
+    changes: dict[str, Any],
+    num_starts: int,
+) -> None:
+    """Ranks are started again at most `max_restarts` times, after a process failed, and only while steps get done."""
+    error = TrainError("rank 0 is gone", code=code)
+    places = {"output_dir": str(tmp_path / "out"), "logging_dir": str(tmp_path / "logs")}
+    options = {"max_restarts": 2, **places, **changes}
+    assert restarts_of(workspace, monkeypatch, error, fails_at, **options) == num_starts
+
+
+@pytest.mark.ray
+def test_two_ranks_leave_out_the_same_step(tmp_path: Path, ray_session: Any) -> None:
+    """A sample that makes the loss of one rank infinite makes both leave the step out, and both go on alike."""
+    workspace = broken_workspace(tmp_path)
+    config = two_rank_config(workspace, stage=2, on_non_finite="skip")
+    cluster = Cluster(config)
+    path = dataset_of(config).path
+    cluster.initialize(config, path)
+    reports = [cluster.submit("train_step", step).result() for step in range(4)]
+    cluster.shutdown()
+    alone = run_worker(workspace.config(stage=2, on_non_finite="skip"))
+
+    skipped = [[report.is_skipped for report in both] for both in reports]
+    assert skipped == [[report.is_skipped] * 2 for report in alone[: len(skipped)]]
+    assert sum(map(sum, skipped)) >= 2
+    for both, one in zip(reports, alone, strict=False):
+        if not one.is_skipped:
+            assert values(both) == pytest.approx((one.loss, one.grad_norm), rel=2e-5)

@@ -15,14 +15,14 @@ import yaml
 
 from sft_fast import ConfigError, TrainError
 from sft_fast.config import SFTConfig, load_config, resolved_yaml
-from sft_fast.train import checkpoint
+from sft_fast.train import checkpoint, loop
 from sft_fast.train import pipeline as pipelines
 from sft_fast.train.checkpoint import find_checkpoints
 from sft_fast.train.metrics import MetricsFile, StepMetrics
 from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.plan import BatchArithmetic, train_stream
 from sft_fast.train.tracking import create_tracker
-from tests.train_helpers import Workspace, dataset_of, plain_loop, write_records
+from tests.train_helpers import Workspace, broken_workspace, dataset_of, plain_loop, write_records
 
 # What differs between two runs that do the same.
 TIMES = {"step_seconds", "tokens_per_second", "data_wait_seconds"}
@@ -49,6 +49,26 @@ def metrics_of(config: SFTConfig) -> list[dict[str, Any]]:
     """The lines of the metrics file without what is never the same."""
     lines = (Path(config.logging_dir) / config.exp_name / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+
+
+class TrainStopper:
+    """A run that gets SIGTERM when a step has been recorded."""
+
+    def __init__(self, config: SFTConfig, step: int) -> None:
+        self._config, self._step = config, step
+
+    def run(self) -> None:
+        """Runs until then."""
+        with pytest.MonkeyPatch.context() as patch:
+            write = MetricsFile.write
+
+            def write_and_signal(file: MetricsFile, metrics: StepMetrics) -> None:
+                write(file, metrics)
+                if metrics.step == self._step:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            patch.setattr(MetricsFile, "write", write_and_signal)
+            run(self._config)
 
 
 def test_a_run_leaves_what_it_promises(
@@ -191,29 +211,72 @@ def test_a_killed_run_resumes(workspace: Workspace, tmp_path: Path) -> None:
     assert run(config) == expected
 
 
-def test_a_signal_ends_a_run_with_a_checkpoint(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_ends_a_run_with_a_checkpoint(workspace: Workspace, tmp_path: Path) -> None:
     """SIGTERM saves after the step under way; the run then goes on to the end of one that was not stopped."""
     expected = run(config_in(workspace, tmp_path / "whole"))
     config = config_in(workspace, tmp_path / "stopped", resume_from_checkpoint=True)
-    write = MetricsFile.write
-
-    def write_and_signal(self: MetricsFile, metrics: StepMetrics) -> None:
-        write(self, metrics)
-        if metrics.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(MetricsFile, "write", write_and_signal)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainError, match="stopped by SIGTERM"):
-        run(config)
-    monkeypatch.undo()
+        TrainStopper(config, 2).run()
 
     assert signal.getsignal(signal.SIGTERM) == before
     (checkpoint,) = find_checkpoints(config.output_dir)
-    assert 2 < checkpoint.state.step <= 4
+    assert checkpoint.state.step == 3
     assert run(config) == expected
+
+
+def test_a_signal_costs_no_step_and_no_validation(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a signal only the step under way is finished and saved: nobody has time for more."""
+    config = config_in(workspace, tmp_path, validation=True)
+    calls: list[str] = []
+
+    class Recorder(pipelines.LocalCluster):
+        """Notes what is handed out; the signal comes while step 2 is."""
+
+        def submit(self, method: str, *arguments: Any) -> Any:
+            calls.append(method)
+            if arguments == (1,):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().submit(method, *arguments)
+
+    monkeypatch.setattr(pipelines, "LocalCluster", Recorder)
+    with pytest.raises(TrainError, match="stopped by SIGUSR1 after step 2"):
+        run(config)
+
+    assert calls == ["train_step", "train_step", "do_checkpoint"]
+    assert [checkpoint.state.step for checkpoint in find_checkpoints(config.output_dir)] == [2]
+
+
+def test_steps_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    """The metrics file and a resumed run know how many there were; values that are not finite are in no line."""
+    workspace = broken_workspace(tmp_path)
+    options: dict[str, Any] = {"on_non_finite": "skip", "save_steps": 1}
+    whole = run(config_in(workspace, tmp_path / "whole", **options))
+    config = config_in(workspace, tmp_path / "parts", **options)
+    bad = next(line["step"] for line in whole if "loss" not in line)
+    stop_after = TrainStopper(config, bad + 1)
+    with pytest.raises(TrainError, match="stopped"):
+        stop_after.run()
+    config.resume_from_checkpoint = True
+
+    assert run(config) == whole
+    assert [line["num_skipped_steps"] for line in whole][-1] == 2
+    assert sum("loss" not in line for line in whole) == 2
+    assert "NaN" not in (Path(config.logging_dir) / "sft" / "metrics.jsonl").read_text()
+
+
+def test_a_run_that_only_leaves_out_steps_is_given_up(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that have blown up do not come back: after so many steps in a row the run ends."""
+    monkeypatch.setattr(loop, "MAX_SKIPPED_IN_A_ROW", 2)
+    training = {"learning_rate": 1e30, "warmup_ratio": 0.0, "num_train_epochs": 5}
+    config = config_in(workspace, tmp_path, on_non_finite="skip", training=training, max_grad_norm=0.0)
+    with pytest.raises(TrainError, match="2 steps in a row") as caught:
+        run(config)
+    assert caught.value.code == "not_finite"
 
 
 @pytest.mark.parametrize(("num_free_bytes", "kind"), [(10 * 2**20, TrainError), (10 * 2**30, RuntimeError)])

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from sft_fast.train.worker import SFTWorker, TrainStepReport
 from tests.train_helpers import (
     VOCAB_SIZE,
     Workspace,
+    broken_workspace,
     dataset_of,
     make_model_dir,
     plain_loop,
@@ -300,12 +302,26 @@ def test_frozen_modules_do_not_move(workspace: Workspace, tmp_path: Path, stage:
         }
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(workspace: Workspace) -> None:
-    """A run whose weights have blown up stops with the step's values instead of going on."""
-    worker = start_worker(workspace.config(training={"learning_rate": 1e30, "warmup_ratio": 0.0}, max_grad_norm=0.0))
-    with pytest.raises(TrainError, match="not finite"):
-        _ = [worker.train_step(step) for step in range(4)]
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, stage: int, dtype: str) -> None:
+    """It ends the run, or is left out and said: then weights and all later steps are as if it had not been tried."""
+    workspace = broken_workspace(tmp_path)
+    options: dict[str, Any] = {"stage": stage, "model": {"dtype": dtype}}
+    worker = start_worker(workspace.config(**options))
+    with pytest.raises(TrainError, match="not finite") as caught:
+        _ = [worker.train_step(step) for step in range(6)]
     worker.close()
+    config = workspace.config(**options, on_non_finite="skip", training={"lr_scheduler_type": "constant"})
+    reports = run_worker(config)
+    bad = [report.step - 1 for report in reports if report.is_skipped]
+    worker = start_worker(config)
+    without = [worker.train_step(step) for step in range(len(reports)) if step not in bad]
+    worker.close()
+
+    assert caught.value.code == "not_finite"
+    assert len(bad) == 2, "one step in each of two epochs"
+    assert [report.step - 1 for report in reports if not np.isfinite(report.loss)] == bad
+    assert curve([report for report in reports if not report.is_skipped]) == curve(without)
 
 
 def test_a_tokenizer_of_another_model_is_refused(workspace: Workspace, tmp_path: Path) -> None:

@@ -142,6 +142,23 @@ class Workspace:
         )
 
 
+def broken_workspace(root: Path) -> Workspace:
+    """A workspace with one record whose letters `zq` have no finite embedding: every other step is sound."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    workspace = Workspace.create(root)
+    lines = workspace.records.read_text().splitlines()
+    lines[5] = json.dumps({"instruction": "zq", "output": "one two three"})
+    workspace.records.write_text("\n".join(lines))
+    path = workspace.model_dir / "model.safetensors"
+    weights = load_file(path)
+    broken_ids = AutoTokenizer.from_pretrained(workspace.model_dir)("zq").input_ids
+    weights["model.embed_tokens.weight"][broken_ids] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    return workspace
+
+
 def dataset_of(config: SFTConfig) -> Dataset:
     """The training data set of a run."""
     return Dataset(

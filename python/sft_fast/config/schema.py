@@ -239,7 +239,22 @@ class SFTConfig:
     """Steps between checkpoints. The end of the run always writes one; 0 writes only that one."""
 
     max_ckpt_to_keep: CountOrZero = 0
-    """Newest checkpoints to keep. 0 keeps all."""
+    """Newest checkpoints to keep, besides the one with the lowest validation loss. 0 keeps all."""
+
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite never changes a weight: `stop` ends the run, `skip` goes on and
+    counts it. Ours."""
+
+    max_restarts: CountOrZero = 3
+    """How often a run starts its ranks again, from its last checkpoint, after one has died, crashed or hung. What fails
+    before it has done a single step is not tried again. Ours."""
+
+    heartbeat_timeout: PositiveFloat = 60.0
+    """Seconds without any sign of life after which a rank counts as hung. Ours."""
+
+    hang_timeout: PositiveFloat = 300.0
+    """Seconds on one micro-batch after which a rank counts as hung; loading, saving and exporting may take ten times as
+    long. Ours."""
 
     logging_steps: PositiveInt = 1
     """Steps between logged metrics."""

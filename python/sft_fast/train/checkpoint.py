@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -55,11 +55,13 @@ class TrainState:
 
     step: int  # steps done
     run_id: str  # the same through all resumptions
-    best_val_loss: float | None
+    best_val_loss: float | None  # of all validations so far
     world_size: int
     zero_stage: int
     pretrain: str
     saved_at: float  # seconds since 1970
+    val_loss: float | None = None  # of the validation after this very step, where there was one
+    num_skipped_steps: int = 0  # steps so far whose loss or gradient was not finite
 
     # Which samples each step has, and what the saved weights are, is decided by these: a run may not change them on the
     # way. Beside each: the keys that set it.
@@ -194,6 +196,11 @@ def find_checkpoints(output_dir: str) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: (checkpoint.state.saved_at, checkpoint.state.step))
 
 
+def own_checkpoints(output_dir: str, run_id: str) -> list[Checkpoint]:
+    """Those that one run wrote, in the order in which they were saved."""
+    return [checkpoint for checkpoint in find_checkpoints(output_dir) if checkpoint.state.run_id == run_id]
+
+
 def checkpoint_to_resume(config: SFTConfig) -> Checkpoint | None:
     """What `resume_from_checkpoint` asks for: None for a fresh start.
 
@@ -240,16 +247,28 @@ def clean_up(output_dir: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def keep_newest(output_dir: str, run_id: str, num_to_keep: int) -> None:
-    """Removes the oldest checkpoints of a run until `num_to_keep` are left; 0 keeps all. Those of other runs stay."""
+def remove_old(output_dir: str, run_id: str, num_to_keep: int) -> None:
+    """Removes the oldest checkpoints of a run until `num_to_keep` are left; 0 keeps all.
+
+    The one with the lowest validation loss stays besides, and so do those of other runs.
+    """
     if num_to_keep == 0:
         return
-    own = [checkpoint for checkpoint in find_checkpoints(output_dir) if checkpoint.state.run_id == run_id]
+    own = own_checkpoints(output_dir, run_id)
+    best = best_checkpoint(own)
     for checkpoint in own[:-num_to_keep]:
+        if checkpoint == best:
+            continue
         # Renamed first: if the removal is cut short, what is left is no checkpoint.
         doomed = checkpoint.path.with_name(f"{checkpoint.path.name}{_STAGING}removed")
         checkpoint.path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def best_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The one with the lowest validation loss, the earliest of equals; None if no validation came with any."""
+    validated = [checkpoint for checkpoint in checkpoints if checkpoint.state.val_loss is not None]
+    return min(validated, key=lambda checkpoint: (checkpoint.state.val_loss, checkpoint.state.step), default=None)
 
 
 def _incomplete(directory: Path, reason: str) -> ConfigError:

@@ -5,14 +5,16 @@ one rank in this process, for machines without Ray and for tests. Calls return a
 order, so the driver can stay a step ahead and no device waits for it.
 
 An error in one rank makes the others fail too, in whatever they were doing together, and often sooner for the driver to
-see. The error that is reported is the first cause: see `first_cause`.
+see. The error that is reported is the first cause: see `first_cause`. A rank that hangs is found by its `heartbeat`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
+import signal
 import socket
 import time
 import traceback
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sft_fast.errors import ConfigError, SftFastError, TrainError
 from sft_fast.train.checkpoint import CLUSTER_NAME
+from sft_fast.train.heartbeat import PULSE, Heartbeats, PulseReport
 from sft_fast.train.strategy.base import RankInfo
 
 if TYPE_CHECKING:
@@ -30,6 +33,12 @@ if TYPE_CHECKING:
 
 # After an error that another rank may have set off, the driver waits this long for that rank's own.
 GRACE_SECONDS = 10.0
+
+# How long the driver waits for answers before it looks whether all ranks still get on.
+_WATCH_SECONDS = 1.0
+
+# Of the ends of a run, those that come from a process or a machine: what a new start may mend.
+_MENDABLE = frozenset({"rank_died", "rank_failed", "rank_hung"})
 
 # What gloo, NCCL and torch say when the other side of a connection is gone.
 _ECHO_SIGNS = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "socket timeout")
@@ -41,7 +50,7 @@ class Failure:
 
     rank: int
     host: str
-    kind: str  # name of the exception's class, or `died`
+    kind: str  # name of the exception's class, `died` or `hung`
     message: str
     traceback: str
     seconds: float  # when, since 1970
@@ -51,7 +60,7 @@ class Failure:
     def may_be_echo(self) -> bool:
         """Whether it looks like the echo of another rank's end."""
         text = f"{self.kind} {self.message}".lower()
-        return self.error is None and self.kind != "died" and any(sign in text for sign in _ECHO_SIGNS)
+        return self.error is None and self.kind not in ("died", "hung") and any(sign in text for sign in _ECHO_SIGNS)
 
 
 class Call(Protocol):
@@ -139,6 +148,7 @@ class Cluster:
         import ray
 
         self._ray: Any = ray
+        self._local_pids: list[int] = []
         self.world_size = config.sft_train.world_size
         self._actors: list[Any] = []
         self._started_ray = not ray.is_initialized()
@@ -165,6 +175,11 @@ class Cluster:
             raise
         self._hosts = [host for host, _, _, _ in found]
         self._pids = [pid for _, pid, _, _ in found]
+        driver_node = ray.get_runtime_context().get_node_id()
+        self._local_pids = [pid for pid, place in zip(self._pids, places, strict=True) if place.node_id == driver_node]
+        self._heartbeats = Heartbeats(
+            self._ask_pulse, self._pulse, self.world_size, config.heartbeat_timeout, config.hang_timeout
+        )
         _, _, address, port = found[0]
         address = "127.0.0.1" if len({place.node_id for place in places}) == 1 else address
         self._ranks = [replace(place.rank, master_address=address, master_port=port) for place in places]
@@ -182,18 +197,38 @@ class Cluster:
         return _RayCall(self, calls)
 
     def wait(self, references: list[Any]) -> list[Any]:
-        """The answers of all ranks; on the first error, the end of them all and an exception."""
+        """The answers of all ranks; on the first error or hang, the end of them all and an exception."""
         values: dict[int, Any] = {}
         pending = {reference: rank for rank, reference in enumerate(references)}
+        self._heartbeats.start()
         while pending:
-            (ready, *_), _ = self._ray.wait(list(pending), num_returns=1)
-            rank = pending.pop(ready)
-            values[rank] = self._get(ready, rank)
-            if isinstance(values[rank], Failure):
-                failures = [values[rank], *self._later_failures(pending, values[rank])]
+            ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=_WATCH_SECONDS)
+            failures = [failure] if (failure := self._find_hang()) is not None else []
+            for reference in ready:
+                rank = pending.pop(reference)
+                values[rank] = self._get(reference, rank)
+                if isinstance(values[rank], Failure):
+                    failures = [values[rank], *self._later_failures(pending, values[rank])]
+            if failures:
                 self.shutdown()
                 raise to_error(first_cause(failures))
         return [values[rank] for rank in range(self.world_size)]
+
+    def _find_hang(self) -> Failure | None:
+        hang = self._heartbeats.check()
+        if hang is None:
+            return None
+        return Failure(hang.rank, self._hosts[hang.rank], "hung", hang.message, hang.stack, time.time())
+
+    def _ask_pulse(self, rank: int) -> Any:
+        return self._actors[rank].pulse.options(concurrency_group="heartbeat").remote()
+
+    def _pulse(self, reference: Any) -> PulseReport | None:
+        ready, _ = self._ray.wait([reference], timeout=0)
+        try:
+            return self._ray.get(ready[0]) if ready else None
+        except self._ray.exceptions.RayError:
+            return None  # the process has ended, which its call says better
 
     def _later_failures(self, pending: dict[Any, int], first: Failure) -> list[Failure]:
         """What else goes wrong soon after; only waited for where the first error may be the echo of another."""
@@ -222,6 +257,10 @@ class Cluster:
         """See `Ranks`."""
         for actor in self._actors:
             self._ray.kill(actor)
+        if self._actors:
+            for pid in self._local_pids:  # a process that is stopped does not hear Ray
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._actors = []
         if self._started_ray:
             self._ray.shutdown()
@@ -260,6 +299,7 @@ class RankActor:
         if self._failure is not None:
             return self._failure
         try:
+            PULSE.advance(method)
             if self._worker is None:
                 from sft_fast.train.worker import SFTWorker
 
@@ -276,6 +316,12 @@ class RankActor:
                 error=error if isinstance(error, SftFastError) else None,
             )
             return self._failure
+        finally:
+            PULSE.advance("")
+
+    def pulse(self) -> PulseReport:
+        """What this rank is doing; asked in a thread of its own."""
+        return PULSE.report()
 
 
 def first_cause(failures: Sequence[Failure]) -> Failure:
@@ -291,9 +337,16 @@ def to_error(failure: Failure) -> SftFastError:
     last_lines = "\n".join(failure.traceback.strip().splitlines()[-8:])
     if failure.kind == "died":
         return TrainError(f"{where} died: {failure.message}", code="rank_died", hint=last_lines or None)
+    if failure.kind == "hung":
+        return TrainError(f"{where}: {failure.message}", code="rank_hung", hint=last_lines or None)
     if failure.error is not None:
         return TrainError(f"{where}: {failure.error.message}", code=failure.error.code, hint=failure.error.hint)
     return TrainError(f"{where} failed: {failure.kind}: {failure.message}", code="rank_failed", hint=last_lines)
+
+
+def may_be_mended(error: SftFastError) -> bool:
+    """Whether the run may get further when its ranks are started again."""
+    return error.code in _MENDABLE
 
 
 @dataclass(frozen=True)
@@ -369,7 +422,7 @@ def _start_actor(ray: Any, config: SFTConfig, place: _Place) -> Any:
         "runtime_env": {"env_vars": variables},
         "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node_id, soft=False),
     }
-    return ray.remote(RankActor).options(**options).remote(place.rank.rank)
+    return ray.remote(concurrency_groups={"heartbeat": 1})(RankActor).options(**options).remote(place.rank.rank)
 
 
 def _environment(config: SFTConfig, num_local_ranks: int, num_cores: int) -> dict[str, str]:

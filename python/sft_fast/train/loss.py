@@ -77,15 +77,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += grad.t() @ chunk
 
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, loss)
         ctx.weight_dtype = weight.dtype
         return loss * factor
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_output,) = grad_outputs
+        *grads, loss = ctx.saved_tensors
+        # A loss that is not finite makes its gradient so, and through it the norm that every rank sees.
+        factor = grad_outputs[0] + loss * 0
         grad_hidden, grad_weight, grad_bias = (
-            None if grad is None else (grad.float() * grad_output).to(ctx.weight_dtype) for grad in ctx.saved_tensors
+            None if grad is None else (grad.float() * factor).to(ctx.weight_dtype) for grad in grads
         )
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ class StepMetrics:
     val_loss: float | None  # mean over the label tokens of the validation data, after this step
     learning_rate: float
     grad_norm: float  # before clipping
+    num_skipped_steps: int  # of the run so far: their loss or gradient was not finite, and they changed nothing
     num_tokens: int  # of the global batch
     num_label_tokens: int  # of the global batch
     tokens_per_second: float  # of all ranks
@@ -27,8 +29,8 @@ class StepMetrics:
     data_wait_seconds: float  # of the rank that waited longest for its micro-batches
 
     def values(self) -> dict[str, Any]:
-        """Names and values; `val_loss` only where there was a validation."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Names and values; `val_loss` only where there was a validation, no value that is not finite."""
+        return {name: value for name, value in asdict(self).items() if value is not None and math.isfinite(value)}
 
 
 class MetricsFile:

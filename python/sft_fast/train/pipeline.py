@@ -1,7 +1,7 @@
 """A whole run, from records to a model: `SFTPipeline(config).run()`.
 
-The driver sends step numbers and takes reports; data and tensors never pass through it. It hands out the work of a step
-before it has read the reports of the one before, so that no device waits for it.
+The driver sends step numbers and takes reports; data and tensors never pass through it. Here is what is around the
+steps: data sets, checkpoints to go on from, ranks that are started, and started again. The steps are in `loop.py`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import TYPE_CHECKING
 from sft_fast import Dataset, Report, ensure_dataset
 from sft_fast.config import resolved_yaml
 from sft_fast.console import PreprocessProgress, count, report_table, seconds, stdout_console, two_columns
-from sft_fast.errors import ConfigError, SftFastError, TrainError
+from sft_fast.errors import ConfigError, SftFastError
 from sft_fast.train.checkpoint import (
     CLUSTER_NAME,
     Checkpoint,
     TrainState,
+    best_checkpoint,
     check_agreement,
     checkpoint_to_resume,
     clean_up,
-    commit,
-    keep_newest,
-    naming_a_full_disk,
+    own_checkpoints,
     staging_directory,
 )
-from sft_fast.train.cluster import Call, Cluster, LocalCluster, Ranks
-from sft_fast.train.metrics import MetricsFile, StepMetrics
+from sft_fast.train.cluster import Cluster, LocalCluster, Ranks, may_be_mended
+from sft_fast.train.loop import Outputs, TrainLoop
+from sft_fast.train.metrics import MetricsFile
 from sft_fast.train.plan import BatchArithmetic, train_stream, validation_stream
 from sft_fast.train.progress import RunProgress, logger, open_log_file
 from sft_fast.train.strategy import check_strategy_name
@@ -45,17 +45,15 @@ from sft_fast.train.tracking import Tracker, create_tracker
 
 if TYPE_CHECKING:
     from sft_fast.config import SFTConfig
-    from sft_fast.train.worker import TrainStepReport, ValStepReport
 
 
 @dataclass(frozen=True)
-class _StepCalls:
-    """The work of one step that the ranks have been given."""
+class _Data:
+    """What is trained on."""
 
-    train: Call
-    validate: Call | None
-    checkpoint: Call | None
-    staging: Path | None  # where the checkpoint is being written
+    num_steps: int  # of the whole run
+    train_path: str
+    val_path: str | None  # None where there is no validation
 
 
 class SFTPipeline:
@@ -78,6 +76,7 @@ class SFTPipeline:
         self._use_ray = use_ray
         self._run_directory = Path(config.logging_dir) / config.exp_name
         self._stop_signal: str | None = None
+        self._last_step = 0  # how far the ranks came
 
     def run(self) -> None:
         """Preprocesses what the cache lacks, trains, validates, saves, exports.
@@ -88,10 +87,10 @@ class SFTPipeline:
         config = self._config
         reports = self._ensure_datasets()
         stream = train_stream(config, Dataset(reports["train"].path))
-        num_steps = stream.num_steps
         val_path = reports["validation"].path if "validation" in reports else None
         if val_path is not None:
             validation_stream(config, Dataset(val_path))  # whatever is wrong with it shows before training
+        data = _Data(stream.num_steps, reports["train"].path, val_path)
         stdout_console().print(two_columns("batch", BatchArithmetic.of(config, stream).rows()))
 
         clean_up(config.output_dir)
@@ -99,38 +98,51 @@ class SFTPipeline:
         resumed = checkpoint_to_resume(config)
         if resumed is not None:
             check_agreement(resumed, state)
-            done = resumed.state
-            state = replace(state, step=done.step, run_id=done.run_id, best_val_loss=done.best_val_loss)
+            state = replace(state, run_id=resumed.state.run_id)
 
         log_file = open_log_file(self._run_directory / "train.log")
         with contextlib.ExitStack() as stack:
             stack.callback(log_file.close)
             stack.callback(logger.removeHandler, log_file)
             (self._run_directory / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
-            metrics = MetricsFile(self._run_directory / "metrics.jsonl", state.step)
-            stack.callback(metrics.close)
             tracker = self._create_tracker()
             stack.callback(tracker.finish)
             try:
-                progress = RunProgress(num_steps, state.step)
-                stack.callback(progress.close)
-                self._train(num_steps, reports["train"].path, val_path, resumed, state, metrics, tracker, progress)
+                self._train_with_restarts(data, resumed, state, tracker)
             except SftFastError as error:
                 logger.error(str(error))
                 raise
 
-    def _train(
-        self,
-        num_steps: int,
-        train_path: str,
-        val_path: str | None,
-        resumed: Checkpoint | None,
-        state: TrainState,
-        metrics: MetricsFile,
-        tracker: Tracker,
-        progress: RunProgress,
+    def _train_with_restarts(
+        self, data: _Data, resumed: Checkpoint | None, initial: TrainState, tracker: Tracker
     ) -> None:
+        """Trains; where a process or a machine fails, once more from the last checkpoint, `max_restarts` times."""
         config = self._config
+        for num_restarts_left in range(config.max_restarts, -1, -1):
+            state = initial if resumed is None else _state_after(resumed, initial)
+            with contextlib.ExitStack() as stack:
+                metrics = MetricsFile(self._run_directory / "metrics.jsonl", state.step)
+                stack.callback(metrics.close)
+                progress = RunProgress(data.num_steps, state.step)
+                stack.callback(progress.close)
+                self._last_step = state.step
+                try:
+                    self._train(data, resumed, state, Outputs(metrics, tracker, progress))
+                    return
+                except SftFastError as error:
+                    # What fails before it has done a single step will fail again.
+                    has_got_on = self._last_step > state.step
+                    if not (num_restarts_left and has_got_on and may_be_mended(error)):
+                        raise
+                    own = own_checkpoints(config.output_dir, state.run_id)
+                    resumed = own[-1] if own else resumed
+                    progress.note(
+                        f"{error}\nstarting again, {count(num_restarts_left - 1)} more times at most (max_restarts)"
+                    )
+
+    def _train(self, data: _Data, resumed: Checkpoint | None, state: TrainState, outputs: Outputs) -> None:
+        """Starts the ranks, trains to the end and exports."""
+        config, progress = self._config, outputs.progress
         if resumed is not None:
             progress.note(f"resuming after step {count(state.step)} from {resumed.path}")
         elif config.resume_from_checkpoint:
@@ -139,14 +151,22 @@ class SFTPipeline:
             cluster: Ranks = Cluster(config) if self._use_ray else LocalCluster(config)
             start = time.perf_counter()
             try:
-                cluster.initialize(config, train_path, val_path, checkpoint, is_universal)
+                cluster.initialize(config, data.train_path, data.val_path, checkpoint, is_universal)
             except BaseException:
                 cluster.shutdown()
                 raise
         try:
             progress.note(f"ranks ready: {cluster.world_size}, after {seconds(time.perf_counter() - start)}")
-            with self._catching_signals():
-                self._loop(cluster, num_steps, val_path is not None, state, metrics, tracker, progress)
+            has_validation = data.val_path is not None
+            loop = TrainLoop(config, cluster, data.num_steps, has_validation, state, outputs, lambda: self._stop_signal)
+            try:
+                with self._catching_signals():
+                    loop.run()
+            finally:
+                self._last_step = loop.state.step
+            best = best_checkpoint(own_checkpoints(config.output_dir, state.run_id))
+            if best is not None:
+                progress.note(f"lowest validation loss of a checkpoint: {best.state.val_loss:.4f}, {best.path}")
             if config.export_dir is not None:
                 cluster.submit("export", config.export_dir).result()
                 progress.note(f"the model is in {config.export_dir}")
@@ -170,92 +190,6 @@ class SFTPipeline:
             yield str(converted), True
         finally:
             shutil.rmtree(converted, ignore_errors=True)
-
-    def _loop(
-        self,
-        cluster: Ranks,
-        num_steps: int,
-        has_validation: bool,
-        state: TrainState,
-        metrics: MetricsFile,
-        tracker: Tracker,
-        progress: RunProgress,
-    ) -> None:
-        """Steps from `state.step` to the end; each is handed out before the reports of the one before are read."""
-        under_way: _StepCalls | None = None
-        for step in range(state.step, num_steps):
-            is_last = step + 1 == num_steps or self._stop_signal is not None
-            calls = self._submit(cluster, step, is_last, has_validation)
-            if under_way is not None:
-                state = self._finish(under_way, state, metrics, tracker, progress)
-            under_way = calls
-            if is_last:
-                break
-        if under_way is not None:
-            state = self._finish(under_way, state, metrics, tracker, progress)
-        if state.step < num_steps:
-            raise TrainError(
-                f"stopped by {self._stop_signal} after step {state.step} of {num_steps}; its checkpoint is complete",
-                code="stopped",
-                hint="resume_from_checkpoint=true goes on from there",
-            )
-
-    def _submit(self, cluster: Ranks, step: int, is_last: bool, has_validation: bool) -> _StepCalls:
-        """Gives the ranks the work of global step `step`, from 0, and what is due after it."""
-        config = self._config
-        train = cluster.submit("train_step", step)
-        validate, checkpoint, staging = None, None, None
-        if has_validation and _is_due(step + 1, config.eval_steps, is_last):
-            validate = cluster.submit("val_step")
-        if _is_due(step + 1, config.save_steps, is_last):
-            staging = staging_directory(config.output_dir, step + 1)
-            checkpoint = cluster.submit("do_checkpoint", str(staging))
-        return _StepCalls(train, validate, checkpoint, staging)
-
-    def _finish(
-        self, calls: _StepCalls, state: TrainState, metrics: MetricsFile, tracker: Tracker, progress: RunProgress
-    ) -> TrainState:
-        """Waits for the work of a step, records it, and makes its checkpoint one."""
-        config = self._config
-        trained = calls.train.result()
-        val_loss = None if calls.validate is None else _val_loss(calls.validate.result())
-        step = self._step_metrics(trained, val_loss)
-        best = min((loss for loss in (state.best_val_loss, val_loss) if loss is not None), default=None)
-        state = replace(state, step=step.step, best_val_loss=best)
-
-        is_logged = step.step % config.logging_steps == 0 or val_loss is not None or calls.checkpoint is not None
-        if is_logged:
-            metrics.write(step)
-            values = step.values()
-            tracker.log({name: value for name, value in values.items() if name != "step"}, step.step)
-        progress.step(step, is_logged)
-        if calls.checkpoint is not None and calls.staging is not None:
-            took = max(calls.checkpoint.result())
-            with naming_a_full_disk(calls.staging):
-                saved = commit(calls.staging, replace(state, saved_at=time.time()))
-            progress.note(f"checkpoint {saved.path}, written in {seconds(took)}")
-            keep_newest(config.output_dir, state.run_id, config.max_ckpt_to_keep)
-        return state
-
-    def _step_metrics(self, reports: list[TrainStepReport], val_loss: float | None) -> StepMetrics:
-        """What the reports of all ranks say together."""
-        first = reports[0]
-        slowest = max(report.step_seconds for report in reports)
-        # Ranks that share one model have the same part of the loss: it counts once.
-        loss = sum(report.loss for report in reports) / self._config.model_parallel_size
-        return StepMetrics(
-            step=first.step,
-            epoch=first.epoch,
-            loss=loss,
-            val_loss=val_loss,
-            learning_rate=first.learning_rate,
-            grad_norm=first.grad_norm,
-            num_tokens=first.num_tokens,
-            num_label_tokens=first.num_label_tokens,
-            tokens_per_second=first.num_tokens / slowest,
-            step_seconds=slowest,
-            data_wait_seconds=max(report.data_wait_seconds for report in reports),
-        )
 
     def _ensure_datasets(self) -> dict[str, Report]:
         """Finds or makes the data sets, and shows what is in them."""
@@ -321,13 +255,16 @@ class SFTPipeline:
                 signal.signal(number, handler)
 
 
-def _is_due(step: int, every: int, is_last: bool) -> bool:
-    return is_last or (every > 0 and step % every == 0)
-
-
-def _val_loss(reports: list[ValStepReport]) -> float:
-    """Mean over the label tokens of the whole validation data."""
-    return sum(report.loss_sum for report in reports) / max(1, sum(report.num_label_tokens for report in reports))
+def _state_after(resumed: Checkpoint, initial: TrainState) -> TrainState:
+    """Where a run stands that goes on from a checkpoint: what has happened is the checkpoint's, the rest is of now."""
+    done = resumed.state
+    return replace(
+        initial,
+        step=done.step,
+        run_id=done.run_id,
+        best_val_loss=done.best_val_loss,
+        num_skipped_steps=done.num_skipped_steps,
+    )
 
 
 def _check_model_directory(path: str) -> None:

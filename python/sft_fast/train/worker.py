@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from sft_fast.data import Dataset
-from sft_fast.errors import ConfigError
+from sft_fast.errors import ConfigError, TrainError
 from sft_fast.prefetch import Prefetcher
 from sft_fast.stream import StepPlan, StepStream
 from sft_fast.train.batch import MicroBatch, make_micro_batch
 from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, naming_a_full_disk
 from sft_fast.train.export import save_model_files, write_model
+from sft_fast.train.heartbeat import PULSE
 from sft_fast.train.model import SFTModel, check_model, load_model
 from sft_fast.train.optim import learning_rate_schedule
 from sft_fast.train.plan import train_stream, validation_stream
@@ -46,6 +47,7 @@ class TrainStepReport:
     loss: float  # this rank's share: the sum over data-parallel ranks is the loss
     learning_rate: float
     grad_norm: float  # before clipping
+    is_skipped: bool  # the gradient was not finite, and no weight was changed
     num_tokens: int  # of the global batch
     num_label_tokens: int  # of the global batch
     step_seconds: float
@@ -122,14 +124,22 @@ class SFTWorker:
         return model
 
     def train_step(self, step: int) -> TrainStepReport:
-        """Trains global step `step`, counted from 0, and makes ready for the next."""
+        """Trains global step `step`, counted from 0, and makes ready for the next.
+
+        Raises:
+            TrainError: the loss or the gradient is not finite, on every rank alike; unless `on_non_finite: skip`.
+        """
         start = time.perf_counter()
         # Random numbers (dropout) depend on the seed, the step and the rank alone: nothing to save, nothing to restore.
         torch.manual_seed(_seed_of(self._config.seed, step, self._rank.rank))
-        batches = _StepBatches(self._batches_from(step))
+        batches = _StepBatches(self._batches_from(step), step + 1)
         plan = batches.plan
         learning_rate = self._learning_rate(step + 1)
         result = self._strategy.train_step(batches, len(plan.micro_batches), plan.num_label_tokens, learning_rate)
+        # With float16 such steps are the rule: DeepSpeed goes on with a lower loss scale, and gives up at the lowest.
+        is_tolerated = self._config.on_non_finite == "skip" or self._config.sft_train.model_args.dtype == "fp16"
+        if result.is_skipped and not is_tolerated:
+            raise not_finite(f"step {step + 1}: the loss or the gradient is not finite")
         self._next_step = step + 1
         return TrainStepReport(
             step=step + 1,
@@ -137,6 +147,7 @@ class SFTWorker:
             loss=result.loss,
             learning_rate=learning_rate,
             grad_norm=result.grad_norm,
+            is_skipped=result.is_skipped,
             num_tokens=plan.num_tokens,
             num_label_tokens=plan.num_label_tokens,
             step_seconds=time.perf_counter() - start,
@@ -151,7 +162,8 @@ class SFTWorker:
         batches = Prefetcher(self._read(self._val_stream, 0, rows), _PREFETCH_DEPTH)
         loss_sum, num_label_tokens = 0.0, 0
         try:
-            for _, batch in batches:
+            for index, (_, batch) in enumerate(batches):
+                PULSE.advance(f"micro-batch {index + 1} of a validation", is_counted=True)
                 loss_sum += self._strategy.val_step(batch)
                 num_label_tokens += batch.num_label_tokens
         finally:
@@ -214,12 +226,14 @@ class SFTWorker:
 class _StepBatches:
     """The micro-batches of one step, taken from a prefetcher; keeps the time that was spent waiting."""
 
-    def __init__(self, prefetcher: _Batches) -> None:
+    def __init__(self, prefetcher: _Batches, step: int) -> None:
         self._prefetcher = prefetcher
+        self._step = step
         self.wait_seconds = 0.0
-        self.plan, self._first = self._take()
+        self.plan, self._first = self._take(1)
 
-    def _take(self) -> tuple[StepPlan, MicroBatch]:
+    def _take(self, number: int) -> tuple[StepPlan, MicroBatch]:
+        PULSE.advance(f"micro-batch {number} of step {self._step}", is_counted=True)
         start = time.perf_counter()
         plan, batch = next(self._prefetcher)
         self.wait_seconds += time.perf_counter() - start
@@ -227,8 +241,19 @@ class _StepBatches:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         yield self._first
-        for _ in range(1, len(self.plan.micro_batches)):
-            yield self._take()[1]
+        for number in range(2, len(self.plan.micro_batches) + 1):
+            yield self._take(number)[1]
+        PULSE.advance(f"the update of step {self._step}", is_counted=True)
+
+
+def not_finite(reason: str) -> TrainError:
+    """The error of a step without a finite loss and gradient."""
+    return TrainError(
+        reason,
+        code="not_finite",
+        hint="lower the learning rate, warm up longer, or look at the samples of this step; resume from the last "
+        "checkpoint. on_non_finite=skip leaves such steps out and counts them",
+    )
 
 
 def _seed_of(*numbers: int) -> int:

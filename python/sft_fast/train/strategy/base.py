@@ -33,6 +33,7 @@ class StepResult:
 
     loss: float  # this rank's share: the shares of all ranks that read different data add up to the loss
     grad_norm: float  # of the whole gradient, before clipping; the same on every rank
+    is_skipped: bool  # the gradient was not finite, so no weight was changed; the same on every rank
 
 
 class TrainStrategy(abc.ABC):
@@ -63,7 +64,7 @@ class TrainStrategy(abc.ABC):
     def train_step(
         self, batches: Iterable[MicroBatch], num_batches: int, num_label_tokens: int, learning_rate: float
     ) -> StepResult:
-        """One optimizer step.
+        """One optimizer step; none, on every rank, where the loss or the gradient of any is not finite.
 
         Args:
             batches: this rank's micro-batches of the step.

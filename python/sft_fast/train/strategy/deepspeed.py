@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -105,7 +106,9 @@ class DeepSpeedStrategy(TrainStrategy):
             MASTER_PORT=str(rank.master_port),
         )
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        # The heartbeat finds a hung rank sooner, and knows which it is.
+        patience = timedelta(seconds=max(1800.0, 20 * self._config.hang_timeout))
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
 
     @override
     def train_step(
@@ -126,16 +129,9 @@ class DeepSpeedStrategy(TrainStrategy):
             engine.backward(loss)
             total += loss.detach()
         engine.step()
-        grad_norm = engine.get_global_grad_norm()
-        result = StepResult(loss=total.item() / weight, grad_norm=math.nan if grad_norm is None else float(grad_norm))
-        # With float16 DeepSpeed itself leaves a step out when its gradient overflows, and goes on with a lower scale.
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) and not engine.fp16_enabled():
-            raise TrainError(
-                f"the loss or the gradient is not finite (loss {result.loss}, gradient norm {result.grad_norm})",
-                code="not_finite",
-                hint="lower the learning rate or warm up longer; resume from the last checkpoint",
-            )
-        return result
+        # A gradient that is not finite makes the norm so, which all ranks share; then DeepSpeed changes nothing.
+        grad_norm = float(engine.get_global_grad_norm())
+        return StepResult(loss=total.item() / weight, grad_norm=grad_norm, is_skipped=not math.isfinite(grad_norm))
 
     @override
     def val_step(self, batch: MicroBatch) -> float:

@@ -75,7 +75,8 @@ def make_deepspeed_config(config: Any) -> dict[str, Any]:
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
         steps_per_print=sys.maxsize,
-        bf16={**settings.get("bf16", {}), "enabled": dtype == "bf16"},
+        # A step whose gradient is not finite changes nothing, at any precision.
+        bf16={**settings.get("bf16", {}), "enabled": dtype == "bf16", "check_grad_overflow": True},
         fp16={**settings.get("fp16", {}), "enabled": dtype == "fp16"},
     )
     # Gradients of many micro-batches are added up: in bfloat16 the small ones would be lost.
