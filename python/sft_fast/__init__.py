@@ -16,6 +16,7 @@ from sft_fast.errors import (
     TokenizerError,
     TrainError,
 )
+from sft_fast.records import preprocess_records
 
 __all__ = [
     "ChatTemplate",
@@ -34,5 +35,6 @@ __all__ = [
     "__version__",
     "ensure_dataset",
     "preprocess",
+    "preprocess_records",
     "verify",
 ]

@@ -37,6 +37,7 @@ def preprocess(
     policies: Mapping[str, str | bool],
     overwrite: bool,
     progress: Callable[[Progress], object] | None,
+    file_names: Sequence[str] | None = None,
     chunk_bytes: int | None = None,
     max_shard_tokens: int | None = None,
 ) -> tuple[str, str, bool, int, float, str | None]: ...
@@ -52,6 +53,12 @@ class ChatTemplate:
     def encode(
         self, record: str, policies: Mapping[str, str | bool]
     ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]: ...
+    def render_batch(
+        self, records: Sequence[str], policies: Mapping[str, str | bool], num_threads: int | None
+    ) -> list[tuple[str, list[tuple[int, int]]]]: ...
+    def encode_batch(
+        self, records: Sequence[str], policies: Mapping[str, str | bool], num_threads: int | None
+    ) -> list[tuple[NDArray[np.uint32], NDArray[np.bool_]]]: ...
 
 class Assembler:
     def __new__(

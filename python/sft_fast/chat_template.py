@@ -1,19 +1,24 @@
-"""A chat template as a function: what a conversation becomes, and what of it is trained on."""
+"""A chat template as a function: what a conversation becomes, and what of it is trained on; one or many at once."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from sft_fast import _core
+from sft_fast.data import check_number
+from sft_fast.errors import InputError
 
 if TYPE_CHECKING:  # numpy is a large part of the start-up, and preprocessing needs none
     import numpy as np
     from numpy.typing import NDArray
 
 Messages = Sequence[dict[str, Any]]
+"""The messages of a conversation, in OpenAI's shape."""
+Conversation = Messages | dict[str, Any]
+"""Messages, or a dict that has them as `messages` and may have `tools` beside them."""
 
 
 class ChatTemplate:
@@ -117,6 +122,82 @@ class ChatTemplate:
         """
         return self._core.encode(_as_record(messages, tools), policies)
 
+    def render_batch(
+        self,
+        conversations: Iterable[Conversation],
+        tools: Sequence[Any] | None = None,
+        *,
+        num_threads: int | None = None,
+        **policies: str | bool,
+    ) -> list[tuple[str, list[tuple[int, int]]]]:
+        """Render many conversations at once, on all cores, without the GIL: `render` of each, in order.
 
-def _as_record(messages: Messages, tools: Sequence[Any] | None) -> str:
-    return json.dumps({"messages": list(messages), "tools": None if tools is None else list(tools)}, allow_nan=False)
+        Args:
+            conversations: The messages of each, or dicts with `messages` and `tools`.
+            tools: JSON schemas of tools that the model may call, in each that names none itself.
+            num_threads: Threads that render; one for each core by default.
+            policies: As for `render`.
+
+        Returns:
+            What `render` returns, for each conversation.
+
+        Raises:
+            InputError: The first conversation that is wrong; `location` begins with `conversations[i]`.
+            ConfigError: An argument is wrong.
+        """
+        return self._core.render_batch(_as_records(conversations, tools), policies, _threads(num_threads))
+
+    def encode_batch(
+        self,
+        conversations: Iterable[Conversation],
+        tools: Sequence[Any] | None = None,
+        *,
+        num_threads: int | None = None,
+        **policies: str | bool,
+    ) -> list[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
+        """Render and tokenise many conversations at once, on all cores, without the GIL: `encode` of each, in order.
+
+        Args:
+            conversations: The messages of each, or dicts with `messages` and `tools`.
+            tools: JSON schemas of tools that the model may call, in each that names none itself.
+            num_threads: Threads that work; one for each core by default.
+            policies: As for `encode`.
+
+        Returns:
+            Token ids uint32 [n] and the label mask bool [n] of each conversation.
+
+        Raises:
+            InputError: The first conversation that is wrong; `location` begins with `conversations[i]`.
+            ConfigError: An argument is wrong.
+        """
+        return self._core.encode_batch(_as_records(conversations, tools), policies, _threads(num_threads))
+
+
+def _threads(num_threads: int | None) -> int | None:
+    if num_threads is not None:
+        check_number("num_threads", num_threads, 1, 1024)
+    return num_threads
+
+
+def _as_records(conversations: Iterable[Conversation], tools: Sequence[Any] | None) -> list[str]:
+    records = []
+    for index, conversation in enumerate(conversations):
+        place = f"conversations[{index}]"
+        if not isinstance(conversation, dict):
+            records.append(_as_record(conversation, tools, place))
+        elif "messages" in conversation:
+            records.append(_as_record(conversation["messages"], conversation.get("tools") or tools, place))
+        else:
+            found = ", ".join(map(repr, conversation)) or "none"
+            raise InputError(f"expected the key 'messages', found {found}", code="missing_key", location=place)
+    return records
+
+
+def _as_record(messages: Messages, tools: Sequence[Any] | None, location: str | None = None) -> str:
+    record = {"messages": list(messages), "tools": None if tools is None else list(tools)}
+    try:
+        return json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"expected messages that JSON can hold: {error}", code="wrong_type", location=location
+        ) from error

@@ -212,6 +212,7 @@ def _preprocess(
         check_number("num_threads", num_threads, 1, 1024)
     path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = _core.preprocess(
         resolve_files(files), output_dir, sequence_length=sequence_length, num_threads=num_threads,
+        file_names=getattr(files, "names", None),  # of `records.Spool`
         policies={
             "control_tokens": control_tokens, "train_on": train_on, "train_on_tool_calls": train_on_tool_calls,
             "train_on_thinking": train_on_thinking, "dropped_thinking": dropped_thinking,

@@ -222,6 +222,13 @@ impl Error {
         self
     }
 
+    /// Puts the place inside the value into that of a larger value, such as `conversations[7]`.
+    pub fn inside(mut self, outer: &str) -> Self {
+        let inner = self.0.location.take().map(|location| format!(".{location}")).unwrap_or_default();
+        self.0.location = Some(format!("{outer}{inner}"));
+        self
+    }
+
     /// What kind of thing went wrong.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

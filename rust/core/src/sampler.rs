@@ -158,29 +158,41 @@ impl<'a> Sampler<'a> {
 
     /// Renders and encodes `conversation` into the buffers.
     pub fn sample(&mut self, model: &Model, conversation: &Conversation<'_>) -> Result<()> {
-        let Policies { dropped_thinking, trains_on_thinking, .. } = self.policies;
-        model.template.render(conversation, &mut self.rendered)?;
-        model.template.review(conversation, &mut self.rendered, dropped_thinking, trains_on_thinking)?;
+        self.render(model, conversation)?;
         let Rendered { text, spans, stretches, .. } = &self.rendered;
         if self.policies.control_tokens == ControlPolicy::Allow {
             let source = Input { text, spans, ..Input::default() };
             return self.encoder.encode(source, &mut self.tokens);
         }
+        let source = Input { text, spans, plain: &self.control_text, stretches };
+        self.encoder.encode(source, &mut self.tokens).map_err(|error| match error.kind() {
+            ErrorKind::ControlText => in_message(error, conversation, model.tokenizer.control_tokens()),
+            _ => error,
+        })
+    }
+
+    /// Renders `conversation` into the buffers, and finds in its text what spells a control token.
+    pub fn render(&mut self, model: &Model, conversation: &Conversation<'_>) -> Result<()> {
+        let Policies { dropped_thinking, trains_on_thinking, control_tokens, .. } = self.policies;
+        model.template.render(conversation, &mut self.rendered)?;
+        model.template.review(conversation, &mut self.rendered, dropped_thinking, trains_on_thinking)?;
+        let Rendered { text, stretches, .. } = &self.rendered;
+        if control_tokens == ControlPolicy::Allow {
+            return Ok(());
+        }
         let control = model.tokenizer.control_tokens();
         control
             .find(text, stretches, &mut self.control_text)
             .map_err(|error| in_message(error, conversation, control))?;
-        if let (ControlPolicy::Reject, Some(found)) = (self.policies.control_tokens, self.control_text.first()) {
-            let message =
-                format!("expected no control token in the text of a record, found '{}'", &text[found.clone()]);
-            let error = Error::new(ErrorKind::ControlText, message);
-            return Err(in_message(error, conversation, control));
+        match (control_tokens, self.control_text.first()) {
+            (ControlPolicy::Reject, Some(found)) => {
+                let message =
+                    format!("expected no control token in the text of a record, found '{}'", &text[found.clone()]);
+                let error = Error::new(ErrorKind::ControlText, message);
+                Err(in_message(error, conversation, control))
+            }
+            _ => Ok(()),
         }
-        let source = Input { text, spans, plain: &self.control_text, stretches };
-        self.encoder.encode(source, &mut self.tokens).map_err(|error| match error.kind() {
-            ErrorKind::ControlText => in_message(error, conversation, control),
-            _ => error,
-        })
     }
 }
 

@@ -30,7 +30,7 @@ pub struct Progress {
 #[pyfunction]
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
     query_key, response_key, template_date, num_threads, on_error,
-    too_long, policies, overwrite, progress, chunk_bytes=None, max_shard_tokens=None))]
+    too_long, policies, overwrite, progress, file_names=None, chunk_bytes=None, max_shard_tokens=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub fn preprocess(
     py: Python<'_>,
@@ -51,11 +51,13 @@ pub fn preprocess(
     policies: &Bound<'_, PyDict>,
     overwrite: bool,
     progress: Option<Py<PyAny>>,
+    file_names: Option<Vec<PathBuf>>,
     chunk_bytes: Option<usize>,
     max_shard_tokens: Option<u32>,
 ) -> PyResult<(PathBuf, String, bool, u64, f64, Option<String>)> {
     let options = Options {
         files,
+        file_names,
         place: match in_cache {
             true => Place::Cache(output_dir),
             false => Place::Directory { path: output_dir, overwrite },

@@ -58,6 +58,8 @@ pub enum Place {
 pub struct Options {
     /// The input files, in order.
     pub files: Vec<PathBuf>,
+    /// What the files are called in the manifest and in errors; `None`: their paths.
+    pub file_names: Option<Vec<PathBuf>>,
     /// Where the dataset goes.
     pub place: Place,
     /// Which fields hold what.
@@ -134,7 +136,7 @@ pub fn preprocess(
         return Err(Error::new(ErrorKind::Argument, message));
     }
     let num_threads = num_threads(options)?;
-    let source = open(options, num_threads, on_progress)?;
+    let source = open(options, num_threads, on_progress)?.with_names(options.file_names.as_deref());
     let files = (0..source.num_files()).map(|number| file_info(&source, number)).collect::<Vec<_>>();
     let recipe = recipe(options, model);
     let fingerprint = recipe.fingerprint(&files);
@@ -427,6 +429,7 @@ mod tests {
         std::fs::write(&path, [record("b").repeat(500), record(odd), record("b").repeat(499)].concat()).unwrap();
         let options = Options {
             files: vec![path],
+            file_names: None,
             place: Place::Directory { path: directory.join("out"), overwrite: false },
             mapping: FieldMapping::default(),
             sequence_length: 100,

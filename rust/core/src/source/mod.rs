@@ -81,6 +81,8 @@ pub struct Source {
 #[derive(Debug)]
 struct SourceFile {
     path: PathBuf,
+    /// What it is called where a user reads of it: its path, unless it was given a name.
+    name: PathBuf,
     stamp: Stamp,
     compression: Compression,
     /// Bytes of the byte order mark.
@@ -153,6 +155,12 @@ impl Source {
         Ok(source)
     }
 
+    /// Calls the files by `names`, in order, instead of by their paths.
+    pub fn with_names(mut self, names: Option<&[PathBuf]>) -> Self {
+        self.files.iter_mut().zip(names.into_iter().flatten()).for_each(|(file, name)| file.name.clone_from(name));
+        self
+    }
+
     /// Bytes of all files.
     pub fn num_bytes(&self) -> u64 {
         self.files.iter().map(|file| file.stamp.num_bytes).sum()
@@ -168,10 +176,10 @@ impl Source {
         self.files.iter().try_for_each(|file| file.reopen().map(drop))
     }
 
-    /// Path and size in bytes of file `number`.
+    /// Name and size in bytes of file `number`.
     pub fn file(&self, number: u32) -> (&Path, u64) {
         let file = &self.files[number as usize];
-        (&file.path, file.stamp.num_bytes)
+        (&file.name, file.stamp.num_bytes)
     }
 
     /// What the first look at file `number` found.
@@ -225,6 +233,7 @@ impl SourceFile {
         let stamp = Stamp::new(&metadata);
         let mut opened = Self {
             path: path.into(),
+            name: path.into(),
             stamp,
             compression: Compression::None,
             start: 0,
