@@ -3,7 +3,7 @@
 The data layer is here; training is `sft_fast.train`, which this package does not import (nor torch, nor Ray).
 """
 
-from sft_fast._core import __version__
+from sft_fast._core import Progress, __version__
 from sft_fast.chat_template import ChatTemplate
 from sft_fast.data import Dataset, Packing, Report, Sample, ensure_dataset, preprocess, verify
 from sft_fast.errors import (
@@ -26,6 +26,7 @@ __all__ = [
     "FileError",
     "InputError",
     "Packing",
+    "Progress",
     "Report",
     "Sample",
     "SftFastError",

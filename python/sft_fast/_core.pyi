@@ -2,21 +2,48 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
+
+__all__ = [
+    "DATASET_FORMAT",
+    "FORMAT_VERSION",
+    "Assembler",
+    "ChatTemplate",
+    "Dataset",
+    "Packing",
+    "Progress",
+    "Steps",
+    "__version__",
+    "preprocess",
+    "total_steps",
+]
 
 __version__: str
 DATASET_FORMAT: str
 FORMAT_VERSION: int
 
+@final
 class Progress:
-    is_hashing: bool
-    num_bytes: int
-    num_total_bytes: int
-    num_records: int
-    num_rejected: int
-    num_tokens: int
+    """How far preprocessing is, as `progress` is told; counts are of what is finished, in the order of the input."""
+
+    @property
+    def is_hashing(self) -> bool:
+        """Whether the input is still being hashed, to find out whether the dataset is there already."""
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of input read in this phase."""
+    @property
+    def num_total_bytes(self) -> int:
+        """Bytes of input in all."""
+    @property
+    def num_records(self) -> int: ...
+    @property
+    def num_rejected(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
 
 def preprocess(
     files: Sequence[str | PathLike[str]],
@@ -42,6 +69,7 @@ def preprocess(
     max_shard_tokens: int | None = None,
 ) -> tuple[str, str, bool, int, float, str | None]: ...
 
+@final
 class ChatTemplate:
     def __new__(cls, tokenizer: str | PathLike[str], template: str, date: str | None = None) -> ChatTemplate: ...
     @property
@@ -60,6 +88,7 @@ class ChatTemplate:
         self, records: Sequence[str], policies: Mapping[str, str | bool], num_threads: int | None
     ) -> list[tuple[NDArray[np.uint32], NDArray[np.bool_]]]: ...
 
+@final
 class Assembler:
     def __new__(
         cls,
@@ -81,6 +110,7 @@ class Assembler:
     def finish(self) -> None: ...
     def close(self) -> None: ...
 
+@final
 class Dataset:
     def __new__(cls, path: str | PathLike[str]) -> Dataset: ...
     def __len__(self) -> int: ...
@@ -93,6 +123,7 @@ class Dataset:
     def verify(self, progress: Callable[[int], object] | None) -> None: ...
     def pack(self, sequence_length: int, seed: int, epoch: int, packed: bool) -> Packing: ...
 
+@final
 class Packing:
     def __len__(self) -> int: ...
     def row(self, index: int) -> NDArray[np.uint32]: ...
@@ -120,6 +151,7 @@ class Packing:
     ) -> tuple[NDArray[np.int32], int]: ...
     def steps(self, num_rows_per_step: int) -> Steps: ...
 
+@final
 class Steps:
     def __len__(self) -> int: ...
     def rows(self, index: int) -> list[int]: ...

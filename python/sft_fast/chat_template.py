@@ -22,16 +22,20 @@ Conversation = Messages | dict[str, Any]
 
 
 class ChatTemplate:
-    """The chat template of a model, with its tokenizer.
+    r"""The chat template of a model, with its tokenizer.
 
     The text equals that of `apply_chat_template(messages, tools=tools, tokenize=False)` of transformers, the ids those
     of the tokenizer on that text without special tokens around it, but for text in a message that spells a control
     token: see `encode`.
 
     Examples:
-        >>> template = ChatTemplate.from_pretrained("path/to/model")  # doctest: +SKIP
+        >>> template = sft_fast.ChatTemplate.from_pretrained("path/to/model")
         >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-        >>> text, spans = template.render(messages)  # doctest: +SKIP
+        >>> text, spans = template.render(messages)
+        >>> text
+        '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n'
+        >>> [text.encode()[start:end] for start, end in spans]
+        [b'Hello<|im_end|>']
     """
 
     def __init__(self, core: _core.ChatTemplate) -> None:
@@ -52,17 +56,29 @@ class ChatTemplate:
 
     @classmethod
     def from_name(cls, name: str, tokenizer: str | PathLike[str]) -> ChatTemplate:
-        """A named template such as `qwen2_5`, `chatml` or `llama3`, with the tokenizer of a model directory.
+        """A template that is built in, with the tokenizer of a model directory.
+
+        Args:
+            name: Such as `qwen2_5`, `chatml` or `llama3`.
+            tokenizer: Directory of the model.
 
         Raises:
             TokenizerError: The directory has no tokenizer that can be read.
             TemplateError: There is no template of that name.
+
+        Examples:
+            >>> sft_fast.ChatTemplate.from_name("chatml", tokenizer="path/to/model").verdict["end_of_turn_trained"]
+            True
         """
         return cls(_core.ChatTemplate(tokenizer, name))
 
     @classmethod
     def from_file(cls, path: str | PathLike[str], tokenizer: str | PathLike[str]) -> ChatTemplate:
-        """The template in a `.jinja` file, with the tokenizer of a model directory.
+        """The template in a file, with the tokenizer of a model directory.
+
+        Args:
+            path: A `.jinja` file.
+            tokenizer: Directory of the model.
 
         Raises:
             TokenizerError: The directory has no tokenizer that can be read.
@@ -119,6 +135,13 @@ class ChatTemplate:
 
         Raises:
             InputError: The conversation is wrong, or the template or the tokenizer refuses it.
+
+        Examples:
+            >>> template = sft_fast.ChatTemplate.from_pretrained("path/to/model")
+            >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+            >>> ids, mask = template.encode(messages)
+            >>> ids.dtype, mask.dtype, len(ids) == len(mask)
+            (dtype('uint32'), dtype('bool'), True)
         """
         return self._core.encode(_as_record(messages, tools), policies)
 
@@ -144,6 +167,12 @@ class ChatTemplate:
         Raises:
             InputError: The first conversation that is wrong; `location` begins with `conversations[i]`.
             ConfigError: An argument is wrong.
+
+        Examples:
+            >>> template = sft_fast.ChatTemplate.from_pretrained("path/to/model")
+            >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+            >>> template.render_batch([messages, messages]) == [template.render(messages)] * 2
+            True
         """
         return self._core.render_batch(_as_records(conversations, tools), policies, _threads(num_threads))
 
@@ -169,6 +198,13 @@ class ChatTemplate:
         Raises:
             InputError: The first conversation that is wrong; `location` begins with `conversations[i]`.
             ConfigError: An argument is wrong.
+
+        Examples:
+            >>> template = sft_fast.ChatTemplate.from_pretrained("path/to/model")
+            >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+            >>> batch = template.encode_batch([messages] * 3, num_threads=2)
+            >>> len(batch), sum(int(mask.sum()) for ids, mask in batch) > 0
+            (3, True)
         """
         return self._core.encode_batch(_as_records(conversations, tools), policies, _threads(num_threads))
 

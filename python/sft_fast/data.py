@@ -141,6 +141,13 @@ def preprocess(
         DatasetError: `output_dir` holds something else.
         FileError: A file can't be read or written.
         ConfigError: An argument is wrong.
+
+    Examples:
+        >>> report = sft_fast.preprocess("data.jsonl", "new", tokenizer="path/to/model", sequence_length=256)
+        >>> report.num_records, report.num_samples, report.num_rejected
+        (3, 3, 0)
+        >>> report.path
+        'new'
     """
     return _preprocess(output_dir, in_cache=False, overwrite=overwrite, files=files, tokenizer=tokenizer,
                        template=template, sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
@@ -179,6 +186,13 @@ def ensure_dataset(
     process counts as one that uses the dataset: `sft-fast cache prune` leaves it alone.
 
     The arguments and errors are those of `preprocess`.
+
+    Examples:
+        >>> options = {"tokenizer": "path/to/model", "sequence_length": 256}
+        >>> made = sft_fast.ensure_dataset("data.jsonl", "cache", **options)
+        >>> found = sft_fast.ensure_dataset("data.jsonl", "cache", **options)
+        >>> made.reused, found.reused, made.path == found.path
+        (False, True, True)
     """
     while True:
         report = _preprocess(
@@ -262,6 +276,9 @@ def verify(path: str | PathLike[str], progress: Callable[[int], object] | None =
 
     Raises:
         DatasetError: Something is missing, damaged or of another version; the error says what.
+
+    Examples:
+        >>> sft_fast.verify("out")  # says nothing: all of it is right
     """
     _core.Dataset(path).verify(progress)
 
@@ -274,6 +291,14 @@ class Dataset(Sequence[Sample]):
 
     Raises:
         DatasetError: It is no dataset, or damaged. Checksums are not read; `verify` does that.
+
+    Examples:
+        >>> dataset = sft_fast.Dataset("out")
+        >>> len(dataset), dataset.manifest["num_records"], dataset.lengths.dtype
+        (3, 3, dtype('uint32'))
+        >>> sample = dataset[0]
+        >>> sample.source, sample.input_ids.dtype, sample.label_mask.dtype
+        ('data.jsonl:1', dtype('uint32'), dtype('bool'))
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -351,11 +376,22 @@ class Dataset(Sequence[Sample]):
 
         Raises:
             ConfigError: A sample is longer than `sequence_length`, or a number is out of range.
+
+        Examples:
+            >>> packing = sft_fast.Dataset("out").pack(sequence_length=256, seed=42, epoch=0)
+            >>> len(packing), sorted(packing[0].tolist()), 0 < packing.fill_ratio <= 1
+            (1, [0, 1, 2], True)
         """
         return self._plan(sequence_length, seed, epoch, True)
 
     def rows(self, *, sequence_length: int, seed: int = 42, epoch: int = 0) -> Packing:
-        """Rows of one sample each, shuffled: the unpacked mode. Arguments and errors are those of `pack`."""
+        """Rows of one sample each, shuffled: the unpacked mode. Arguments and errors are those of `pack`.
+
+        Examples:
+            >>> rows = sft_fast.Dataset("out").rows(sequence_length=256)
+            >>> sorted(row.tolist() for row in rows)
+            [[0], [1], [2]]
+        """
         return self._plan(sequence_length, seed, epoch, False)
 
     def _plan(self, sequence_length: int, seed: int, epoch: int, packed: bool) -> Packing:
@@ -404,6 +440,14 @@ class Packing(Sequence["NDArray[np.uint32]"]):
         Raises:
             IndexError: There is no such row.
             ValueError: `width` is too narrow for a row, or the arrays would have 2^31 positions or more.
+
+        Examples:
+            >>> packing = sft_fast.Dataset("out").pack(sequence_length=256)
+            >>> batch = packing.batch([0])
+            >>> batch["input_ids"].shape, batch["input_ids"].dtype, batch["labels"].shape
+            ((1, 256), dtype('int64'), (1, 256))
+            >>> len(batch["cu_seqlens"]) - 1  # three samples, and the padding behind them
+            4
         """
         rows = self._rows(rows)
         if width is None:
@@ -416,6 +460,12 @@ class Packing(Sequence["NDArray[np.uint32]"]):
         Raises:
             IndexError: There is no such row.
             ValueError: The row would have 2^31 tokens or more.
+
+        Examples:
+            >>> dataset = sft_fast.Dataset("out")
+            >>> batch = dataset.pack(sequence_length=256).flat_batch([0])
+            >>> batch["input_ids"].shape == (1, dataset.lengths.sum())
+            True
         """
         return _batch(*self._core.flat_batch(self._rows(rows), shift_labels))
 
@@ -436,6 +486,15 @@ class Packing(Sequence["NDArray[np.uint32]"]):
         Raises:
             IndexError: There is no such row.
             ValueError: The arrays have other shapes, are too narrow for a row, or are not contiguous.
+
+        Examples:
+            >>> import numpy as np
+            >>> names = ("input_ids", "labels", "position_ids")
+            >>> memory = {name: np.empty((1, 256), np.int64) for name in names}
+            >>> packing = sft_fast.Dataset("out").pack(sequence_length=256)
+            >>> cu_seqlens, max_seqlen = packing.fill([0], **memory)
+            >>> int(cu_seqlens[-1])
+            256
         """
         return self._core.fill(self._rows(rows), shift_labels, input_ids, labels, position_ids)
 

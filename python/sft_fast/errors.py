@@ -21,6 +21,13 @@ class SftFastError(Exception):
         column: character of that line, counted from 1.
         location: place inside the value, such as `messages[3].role` or `sft_train.training_args.learning_rate`.
         hint: what the reader can do.
+
+    Examples:
+        >>> try:
+        ...     sft_fast.preprocess_records([{"x": 1}], "none", tokenizer="path/to/model", sequence_length=256)
+        ... except sft_fast.SftFastError as error:
+        ...     print(type(error).__name__, error.code, error.path, error.line)
+        InputError missing_key <records> 1
     """
 
     # What a command that ends with this error gives back to the shell: 2 where the input is at fault, else 1.

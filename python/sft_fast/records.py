@@ -40,7 +40,7 @@ def preprocess_records(records: Iterable[dict[str, Any]], output_dir: str | Path
 
     Examples:
         >>> records = ({"instruction": f"{n} + 1?", "output": f"{n + 1}"} for n in range(100))
-        >>> report = sft_fast.preprocess_records(records, "sums", tokenizer=model_dir, sequence_length=128)
+        >>> report = sft_fast.preprocess_records(records, "sums", tokenizer="path/to/model", sequence_length=128)
         >>> report.num_samples
         100
         >>> sft_fast.Dataset("sums")[2].source

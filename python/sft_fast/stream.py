@@ -45,6 +45,16 @@ class StepStream:
 
     Raises:
         ConfigError: A sample is longer than `sequence_length`, a number is out of range, or there is no step to train.
+
+    Examples:
+        >>> from sft_fast.stream import StepStream
+        >>> dataset = sft_fast.Dataset("out")
+        >>> stream = StepStream(dataset, sequence_length=256, packed=False, seed=42, num_rows_per_step=2)
+        >>> stream.num_steps
+        2
+        >>> plan = stream.step(0, rank=0, world_size=2, rows_per_micro_batch=1)
+        >>> plan.epoch, len(plan.micro_batches), plan.num_label_tokens > 0
+        (0, 1, True)
     """
 
     def __init__(

@@ -35,6 +35,12 @@ class SampleView(TorchDataset[Item]):
 
     Args:
         dataset: The samples.
+
+    Examples:
+        >>> from sft_fast.views import SampleView
+        >>> view = SampleView(sft_fast.Dataset("out"))
+        >>> len(view), sorted(view[0]), view[0]["input_ids"].dtype
+        (3, ['input_ids', 'labels', 'position_ids'], torch.int64)
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -65,6 +71,12 @@ class PackView(TorchDataset[Item]):
 
     Raises:
         ConfigError: A sample is longer than `sequence_length`, or a number is out of range.
+
+    Examples:
+        >>> from sft_fast.views import PackView
+        >>> view = PackView(sft_fast.Dataset("out"), sequence_length=256)
+        >>> len(view), sorted(view.sample_numbers(0)), int(view[0]["position_ids"][0])
+        (1, [0, 1, 2], 0)
     """
 
     def __init__(self, dataset: Dataset, *, sequence_length: int, seed: int = 42, epoch: int = 0) -> None:
@@ -120,6 +132,17 @@ class StepView(IterableDataset[Item]):
 
     Raises:
         ConfigError: A sample is longer than `sequence_length`, or a number is out of range.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader
+        >>> from sft_fast.views import FlatCollator, StepView
+        >>> view = StepView(sft_fast.Dataset("out"), sequence_length=64, num_rows_per_step=2)
+        >>> loader = DataLoader(view, batch_size=1, collate_fn=FlatCollator())
+        >>> num_tokens = [batch["input_ids"].shape[1] for batch in loader]
+        >>> sum(num_tokens) == int(view.dataset.lengths.sum())
+        True
+        >>> view.state_dict()["step"] == view.num_steps
+        True
     """
 
     def __init__(
@@ -284,6 +307,15 @@ class FlatCollator:
     Args:
         flash_attention: Whether to add `cu_seq_lens_q`, `cu_seq_lens_k`, int32 [k + 1], the bounds of the k samples,
             and `max_length_q`, `max_length_k`, the tokens of the longest: what transformers passes to FlashAttention.
+
+    Examples:
+        >>> from sft_fast.views import FlatCollator, SampleView
+        >>> view = SampleView(sft_fast.Dataset("out"))
+        >>> batch = FlatCollator(flash_attention=True)([view[0], view[1]])
+        >>> batch["input_ids"].shape == (1, len(view[0]["input_ids"]) + len(view[1]["input_ids"]))
+        True
+        >>> batch["cu_seq_lens_q"].dtype, len(batch["cu_seq_lens_q"])
+        (torch.int32, 3)
     """
 
     def __init__(self, *, flash_attention: bool = False) -> None:
@@ -306,6 +338,14 @@ class PaddingCollator:
 
     Args:
         pad_token_id: `dataset.pad_token_id`.
+
+    Examples:
+        >>> from sft_fast.views import PaddingCollator, SampleView
+        >>> dataset = sft_fast.Dataset("out")
+        >>> view = SampleView(dataset)
+        >>> batch = PaddingCollator(dataset.pad_token_id)([view[0], view[1], view[2]])
+        >>> batch["input_ids"].shape == batch["attention_mask"].shape == (3, dataset.lengths.max())
+        True
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -329,6 +369,12 @@ def as_datasets(view: SampleView | PackView) -> datasets.Dataset:
 
     Raises:
         ConfigError: `datasets` is not installed.
+
+    Examples:
+        >>> from sft_fast.views import PackView, as_datasets
+        >>> rows = as_datasets(PackView(sft_fast.Dataset("out"), sequence_length=256))
+        >>> len(rows), sorted(rows[0])
+        (1, ['input_ids', 'labels', 'position_ids', 'seq_lengths'])
     """
     try:
         import datasets
