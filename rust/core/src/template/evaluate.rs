@@ -186,7 +186,7 @@ impl<'a> Interpreter<'a> {
         match value {
             Value::Text(Text::Shared(text)) => self.spend(text.len() / 1024),
             Value::Text(Text::Made(made)) => self.spend(made.text.len() / 1024),
-            Value::Sequence(_, items @ Items::Shared(..)) => self.spend(items.len() / 64),
+            Value::Sequence(_, items @ Items::Shared(..)) => self.spend(items.held() / 64),
             _ => Ok(()),
         }
     }

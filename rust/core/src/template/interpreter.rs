@@ -4,20 +4,21 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::ast::{Body, Call, For, Kind, Place, Scoped, Statement, Target};
+use super::ast::{Body, Call, Expr, For, Kind, Place, Scoped, Statement, Target};
 use super::calls::set_attribute;
 use super::clock::DateTime;
 use super::failure::{Eval, impossible};
 use super::filters::Filter;
+use super::fork::{Behind, Forks};
 use super::scope::Program;
-use super::sink::{Output, Sink, Visit};
+use super::sink::{Output, Sink, Visit, Wrote};
 use super::value::{Items, Loop, SequenceKind, Text, Value};
 
 /// How much one rendering may do: loop iterations and calls, and kibibytes of text kept in variables. No chat needs a tenth.
 const MAX_WORK: u64 = 50_000_000;
 
 /// What a statement does to the loop around it.
-enum Flow {
+pub(super) enum Flow {
     Next,
     Break,
     Continue,
@@ -34,12 +35,13 @@ pub(super) struct Interpreter<'a> {
     /// How many macros run.
     pub calls: usize,
     work: u64,
-    sink: Sink<'a>,
+    pub sink: Sink<'a>,
     /// Texts of macros and blocks that are not written but kept; the innermost last.
     captures: Vec<Sink<'a>>,
     generated: Vec<Range<usize>>,
-    messages: Items<'a>,
+    pub messages: Items<'a>,
     visits: Vec<Visit>,
+    pub forks: Option<Forks<'a>>,
 }
 
 impl<'a> Interpreter<'a> {
@@ -56,8 +58,9 @@ impl<'a> Interpreter<'a> {
             sink,
             captures: Vec::new(),
             generated: Vec::new(),
-            visits: vec![Visit::Silent; messages.len()],
+            visits: vec![Visit::Silent; messages.held()],
             messages,
+            forks: None,
         };
         for (name, place) in &program.context {
             interpreter.places[*place] = Value::Undefined(name);
@@ -76,7 +79,7 @@ impl<'a> Interpreter<'a> {
 
     /// Runs the template.
     pub fn run(mut self) -> Eval<Output<'a>> {
-        self.body(&self.program.body)?;
+        self.outer(&self.program.body, None)?;
         Ok(Output { sink: self.sink, generated: self.generated, visits: self.visits })
     }
 
@@ -113,14 +116,14 @@ impl<'a> Interpreter<'a> {
         }
     }
 
-    fn enter(&mut self, scoped: &'a Scoped) {
+    pub fn enter(&mut self, scoped: &'a Scoped) {
         for (place, outer) in &scoped.entry {
             let value = outer.map_or(Value::Undefined(""), |outer| self.load(outer).clone());
             *self.slot(*place) = value;
         }
     }
 
-    fn body(&mut self, body: &'a Body) -> Eval<Flow> {
+    pub fn body(&mut self, body: &'a [Statement]) -> Eval<Flow> {
         for statement in body {
             match self.statement(statement) {
                 Ok(Flow::Next) => {}
@@ -131,7 +134,7 @@ impl<'a> Interpreter<'a> {
         Ok(Flow::Next)
     }
 
-    fn statement(&mut self, statement: &'a Statement) -> Eval<Flow> {
+    pub fn statement(&mut self, statement: &'a Statement) -> Eval<Flow> {
         match &statement.kind {
             Kind::Text(text) => self.write(&Text::Borrowed(text)),
             Kind::Print(value) => self.print(value)?,
@@ -150,14 +153,10 @@ impl<'a> Interpreter<'a> {
                 self.write_value(&value)?;
             }
             Kind::If(branches, otherwise) => {
-                for (test, body) in branches {
-                    if self.test(test)? {
-                        return self.body(body);
-                    }
-                }
-                return self.body(otherwise);
+                let body = self.branch(branches, otherwise)?;
+                return self.body(body);
             }
-            Kind::For(definition) => return self.for_loop(definition),
+            Kind::For(definition) => return self.for_loop(definition, None),
             Kind::With(values, scoped) => {
                 let evaluated: Vec<_> = values.iter().map(|(_, value)| self.eval(value)).collect::<Eval<_>>()?;
                 for ((target, _), value) in values.iter().zip(evaluated) {
@@ -180,6 +179,16 @@ impl<'a> Interpreter<'a> {
         Ok(Flow::Next)
     }
 
+    /// The branch of an `{% if %}` that is to run.
+    pub fn branch(&mut self, branches: &'a [(Expr, Body)], otherwise: &'a Body) -> Eval<&'a Body> {
+        for (test, body) in branches {
+            if self.test(test)? {
+                return Ok(body);
+            }
+        }
+        Ok(otherwise)
+    }
+
     /// Runs a body whose output is kept.
     pub fn capture(&mut self, scoped: &'a Scoped) -> Eval<Text<'a>> {
         self.enter(scoped);
@@ -197,7 +206,8 @@ impl<'a> Interpreter<'a> {
         Ok(value)
     }
 
-    fn for_loop(&mut self, definition: &'a For) -> Eval<Flow> {
+    /// Runs a loop; `behind` is what follows it, if nothing but the template is around it.
+    pub fn for_loop(&mut self, definition: &'a For, behind: Option<&Behind<'_, 'a>>) -> Eval<Flow> {
         let mut items = self.eval(&definition.iterable)?.iterate()?;
         // Without `loop` the condition is asked when its item's turn comes, as Jinja asks it; with it, beforehand.
         let mut condition = definition.condition.as_ref();
@@ -222,9 +232,13 @@ impl<'a> Interpreter<'a> {
         let first_message = self.messages.offset_of(&items);
         // Jinja's `else` runs unless some iteration came to its end: not after `break` or `continue` alone.
         let mut is_unfinished = true;
-        for (index, value) in items.iter().enumerate() {
+        for index in 0..items.held() {
+            if let (Some(first), Some(behind)) = (first_message, behind) {
+                self.fork(first + index, definition, is_unfinished, behind);
+            }
             self.spend(1)?;
             self.enter(&definition.scoped);
+            let value = items.get(index).expect("the index is below the length");
             self.assign(&definition.target, value)?;
             if let Some(test) = condition
                 && !self.test(test)?
@@ -237,14 +251,20 @@ impl<'a> Interpreter<'a> {
             let start = self.sink.length();
             let flow = self.body(&definition.scoped.body)?;
             if let Some(first) = first_message {
-                self.visit(first + index, start..self.sink.length());
+                self.visit(first + index, start);
             }
             match flow {
                 Flow::Next => is_unfinished = false,
                 Flow::Continue => {}
-                Flow::Break => break,
+                Flow::Break => return self.after_loop(definition, is_unfinished),
             }
         }
+        items.look_at_end();
+        self.after_loop(definition, is_unfinished)
+    }
+
+    /// Runs the `{% else %}` of a loop, if it is to run.
+    pub fn after_loop(&mut self, definition: &'a For, is_unfinished: bool) -> Eval<Flow> {
         if is_unfinished {
             self.enter(&definition.otherwise);
             return self.body(&definition.otherwise.body);
@@ -252,8 +272,9 @@ impl<'a> Interpreter<'a> {
         Ok(Flow::Next)
     }
 
-    fn visit(&mut self, message: usize, wrote: Range<usize>) {
-        if !wrote.is_empty() {
+    fn visit(&mut self, message: usize, start: usize) {
+        let wrote = Wrote { start, end: self.sink.length(), horizon: self.messages.horizon() };
+        if wrote.start < wrote.end {
             let visit = &mut self.visits[message];
             *visit = if *visit == Visit::Silent { Visit::Wrote(wrote) } else { Visit::Ambiguous };
         }

@@ -163,15 +163,15 @@ pub(super) fn attribute_of<'a>(value: &Value<'a>, attribute: Attribute, name: &s
 
 fn loop_attribute<'a>(state: &Loop<'a>, name: &str) -> Eval<Value<'a>> {
     let index = state.index.get();
-    let length = state.items.len();
+    let length = || state.items.len();
     Ok(match name {
         "index" => Value::Int(index as i128 + 1),
         "index0" => Value::Int(index as i128),
-        "revindex" => Value::Int((length - index) as i128),
-        "revindex0" => Value::Int((length - index) as i128 - 1),
+        "revindex" => Value::Int((length() - index) as i128),
+        "revindex0" => Value::Int((length() - index) as i128 - 1),
         "first" => Value::Bool(index == 0),
-        "last" => Value::Bool(index + 1 == length),
-        "length" => Value::Int(length as i128),
+        "last" => Value::Bool(index + 1 == state.items.len_beyond(index + 2)),
+        "length" => Value::Int(length() as i128),
         "previtem" => {
             index.checked_sub(1).and_then(|before| state.items.get(before)).unwrap_or(Value::Undefined("previtem"))
         }

@@ -13,6 +13,7 @@ mod evaluate;
 mod expressions;
 mod failure;
 mod filters;
+mod fork;
 mod format;
 mod input;
 mod interpreter;
@@ -41,6 +42,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use self::failure::{Eval, Failure};
+use self::fork::Fork;
 use self::interpreter::Interpreter;
 use self::origin::Made;
 use self::plan::Plans;
@@ -288,6 +290,28 @@ impl ChatTemplate {
         prompt: Prompt,
         sink: Sink<'r>,
     ) -> Eval<Output<'r>> {
+        self.interpreter(messages, tools, prompt, sink).run()
+    }
+
+    /// What the template writes behind the messages before each one that is `wanted`, as far as one run tells: see [`fork`].
+    fn forks<'r>(
+        &'r self,
+        messages: Items<'r>,
+        tools: Option<&'r json::Value<'r>>,
+        prompt: Prompt,
+        sink: Sink<'r>,
+        wanted: Vec<bool>,
+    ) -> (Sink<'r>, Vec<Option<Fork<'r>>>) {
+        self.interpreter(messages, tools, prompt, sink).run_forked(wanted)
+    }
+
+    fn interpreter<'r>(
+        &'r self,
+        messages: Items<'r>,
+        tools: Option<&'r json::Value<'r>>,
+        prompt: Prompt,
+        sink: Sink<'r>,
+    ) -> Interpreter<'r> {
         let mut interpreter = Interpreter::new(&self.program, self.clock, messages, sink);
         for (name, token) in &self.special_tokens {
             interpreter.set(name, Value::text(token));
@@ -298,7 +322,7 @@ impl ChatTemplate {
         if prompt == Prompt::WithoutThinking {
             THINKING_SWITCHES.iter().for_each(|name| interpreter.set(name, Value::Bool(false)));
         }
-        interpreter.run()
+        interpreter
     }
 
     fn compare<'r>(

@@ -273,7 +273,8 @@ pub(super) fn item<'a>(value: &Value<'a>, key: &Value<'a>) -> Eval<Value<'a>> {
         }
         Value::Sequence(SequenceKind::View, _) => None,
         Value::Sequence(_, items) => {
-            key.as_int().and_then(|index| at(index, items.len())).and_then(|index| items.get(index))
+            let place = |index: i128| usize::try_from(index).ok().or_else(|| at(index, items.len()));
+            key.as_int().and_then(place).and_then(|index| items.get(index))
         }
         Value::Text(text) => key.as_int().and_then(|index| character(text, index)),
         Value::Safe(_) => return impossible("a character of a text marked 'safe' is not supported"),
@@ -346,7 +347,11 @@ pub(super) fn slice<'a>(value: &Value<'a>, bounds: [Option<Value<'a>>; 3]) -> Ev
             Ok(Value::Text(Origin::of_text(text).mark(chosen)))
         }
         Value::Sequence(kind, items) if *kind != SequenceKind::View => {
-            let (first, last) = resolve(start, stop, step, items.len());
+            // A part that is counted from the beginning needs the length only as far as it reaches.
+            let is_forward = step == 1 && [start, stop].into_iter().flatten().all(|bound| bound >= 0);
+            let reach = if is_forward { start.max(stop).unwrap_or(0) } else { i128::MAX };
+            let length = items.len_beyond(usize::try_from(reach).unwrap_or(usize::MAX));
+            let (first, last) = resolve(start, stop, step, length);
             if step == 1 {
                 return Ok(Value::Sequence(*kind, items.window(first as usize..last.max(first) as usize)));
             }

@@ -8,10 +8,12 @@
 //! an answer is a prefix of the whole, so it is one for all texts. A conversation whose answers differ, and any shape
 //! without a plan, is rendered in the ordinary way.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::fork::Fork;
 use super::origin::push_stretch;
 use super::sink::{Sink, Visit};
 use super::spans::{followed_by_others, marked};
@@ -170,7 +172,8 @@ impl Plan {
             let place = |(span, answer): (Range<usize>, _)| (Position::at(span.start), Position::at(span.end), answer);
             spans.into_iter().map(place).collect()
         } else {
-            let proof = Proof { template, conversation, messages, trace: &trace, parts: &parts };
+            let proof =
+                Proof { template, conversation, messages, trace: &trace, parts: &parts, before: Default::default() };
             proof.spans(&output.visits)?
         };
         Some(Self { steps: steps(&parts, &spans)?, guards: trace.guards()? })
@@ -201,29 +204,29 @@ impl Position {
 /// Where a span begins and ends, and its answer.
 type Span = (Position, Position, Option<usize>);
 
-/// Where `beginning` ends in `parts`, if it is a beginning of them whatever the texts are.
-fn end_of_prefix(parts: &[Text<'_>], beginning: &[Text<'_>]) -> Option<Position> {
-    let mut at = Position::at(0);
-    for part in beginning {
-        match part {
-            Text::Traced(traced) => match parts.get(at.part) {
-                Some(Text::Traced(other)) if at.offset == 0 && other.view == traced.view => at.part += 1,
-                _ => return None,
-            },
-            part => {
-                let mut bytes = part.plain()?.as_bytes();
-                while !bytes.is_empty() {
-                    let found = &parts.get(at.part)?.plain()?.as_bytes()[at.offset..];
-                    let length = bytes.len().min(found.len());
-                    if bytes[..length] != found[..length] {
-                        return None;
-                    }
-                    bytes = &bytes[length..];
-                    at.offset += length;
-                    at = at.forward(parts);
-                }
-            }
+/// Where `beginning` ends in `parts`, if it is a beginning of what is behind `at` whatever the texts are.
+fn end_of_prefix(parts: &[Text<'_>], at: Position, beginning: &[Text<'_>]) -> Option<Position> {
+    beginning.iter().try_fold(at, |at, part| behind_part(parts, at, part))
+}
+
+/// Where `part` ends in `parts`, if what is behind `at` begins with it whatever the texts are.
+fn behind_part(parts: &[Text<'_>], mut at: Position, part: &Text<'_>) -> Option<Position> {
+    if let Text::Traced(traced) = part {
+        return match parts.get(at.part) {
+            Some(Text::Traced(other)) if at.offset == 0 && other.view == traced.view => Some(Position::at(at.part + 1)),
+            _ => None,
+        };
+    }
+    let mut bytes = part.plain()?.as_bytes();
+    while !bytes.is_empty() {
+        let found = &parts.get(at.part)?.plain()?.as_bytes()[at.offset..];
+        let length = bytes.len().min(found.len());
+        if bytes[..length] != found[..length] {
+            return None;
         }
+        bytes = &bytes[length..];
+        at.offset += length;
+        at = at.forward(parts);
     }
     Some(at)
 }
@@ -235,6 +238,16 @@ struct Proof<'p> {
     messages: Items<'p>,
     trace: &'p Trace,
     parts: &'p [Text<'p>],
+    /// What one run tells of the texts before all answers, with each of the prompts that it was asked for.
+    before: [OnceCell<Vec<Option<Before<'p>>>>; 2],
+}
+
+/// The text before an answer: a beginning of the whole, and what the template would write behind it.
+#[derive(Clone)]
+struct Before<'p> {
+    /// Where the beginning ends, if it is one.
+    end: Option<Position>,
+    behind: Vec<Text<'p>>,
 }
 
 impl<'p> Proof<'p> {
@@ -263,8 +276,7 @@ impl<'p> Proof<'p> {
         if prompt == Prompt::WithoutThinking && !self.template.knows_thinking() {
             return None;
         }
-        let seen = self.template.run(self.messages.window(0..index), None, prompt, Sink::Record(Vec::new())).ok()?;
-        let mut seen = seen.sink.into_parts();
+        let Before { end, behind: mut seen } = self.before(index, prompt)?;
         if prompt == Prompt::Unopened {
             let mut opened = self.template.endings().opened.as_deref()?;
             while !opened.is_empty() {
@@ -280,7 +292,34 @@ impl<'p> Proof<'p> {
                 }
             }
         }
-        end_of_prefix(self.parts, &seen)
+        end_of_prefix(self.parts, end?, &seen)
+    }
+
+    /// The text of the messages before an answer.
+    fn before(&self, index: usize, prompt: Prompt) -> Option<Before<'p>> {
+        let known = self.before[usize::from(prompt == Prompt::WithoutThinking)].get_or_init(|| self.all_before(prompt));
+        if let Some(Some(before)) = known.get(index) {
+            return Some(before.clone());
+        }
+        let seen = self.template.run(self.messages.window(0..index), None, prompt, Sink::Record(Vec::new())).ok()?;
+        Some(Before { end: Some(Position::at(0)), behind: seen.sink.into_parts() })
+    }
+
+    /// The texts before answers, as far as one run tells them.
+    fn all_before(&self, prompt: Prompt) -> Vec<Option<Before<'p>>> {
+        let messages = &self.conversation.messages;
+        let wanted = messages.iter().map(|message| message.is_trained).collect();
+        let traced = input::traced(messages, self.trace, 0);
+        let (sink, forks) = self.template.forks(traced, None, prompt, Sink::Record(Vec::new()), wanted);
+        let wrote = sink.into_parts();
+        let (mut num_parts, mut end) = (0, Some(Position::at(0)));
+        let mut before = |fork: Option<Fork<'p>>| {
+            let Fork { at, sink } = fork?;
+            end = end.and_then(|end| end_of_prefix(self.parts, end, &wrote[num_parts..at]));
+            num_parts = at;
+            Some(Before { end, behind: sink.into_parts() })
+        };
+        forks.into_iter().map(&mut before).collect()
     }
 
     /// The part behind an answer that other messages follow: the loop's word, under oath.
@@ -288,7 +327,8 @@ impl<'p> Proof<'p> {
         let Visit::Wrote(wrote) = visit else { return None };
         let num_behind = self.conversation.messages.len() - index - 1;
         let is_same = |num_others: usize| self.is_independent(index, wrote.end, num_others);
-        (is_same(1).is_some() || is_same(num_behind).is_some()).then_some(wrote.end)
+        // What did not look at later messages does not depend on them.
+        (wrote.horizon <= index + 1 || is_same(1).is_some() || is_same(num_behind).is_some()).then_some(wrote.end)
     }
 
     /// Do the parts up to `end` stay the same with other messages in the place of the next `num_others`?
@@ -297,7 +337,7 @@ impl<'p> Proof<'p> {
         let trace = Trace::default();
         let other = input::traced(&messages, &trace, num_others);
         let output = self.template.run(other, None, Prompt::None, Sink::Record(Vec::new())).ok()?;
-        end_of_prefix(&output.sink.into_parts(), &self.parts[..end])?;
+        end_of_prefix(&output.sink.into_parts(), Position::at(0), &self.parts[..end])?;
         let guards = trace.guards()?;
         guards.into_iter().for_each(|guard| self.trace.note(guard));
         Some(())

@@ -58,6 +58,17 @@ impl<'a> Sink<'a> {
         }
     }
 
+    /// A sink that goes on from here by itself, where that takes no copy of what was written.
+    pub fn fork(&self) -> Option<Self> {
+        match self {
+            Self::Compare(Difference { text, common, rest }) if rest.is_empty() => {
+                Some(Self::Compare(Difference { text, common: *common, rest: Vec::new() }))
+            }
+            Self::Record(_) => Some(Self::Record(Vec::new())),
+            _ => None,
+        }
+    }
+
     /// A sink for what is not written but kept in a variable.
     pub fn capture(&self) -> Self {
         match self {
@@ -121,12 +132,21 @@ pub(super) struct Output<'a> {
     pub visits: Vec<Visit>,
 }
 
+/// The part of the output in `start..end`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Wrote {
+    pub start: usize,
+    pub end: usize,
+    /// How many messages had been looked at by then: the output up to `end` depends on no other.
+    pub horizon: usize,
+}
+
 /// The output of a loop over the messages while it stood at one message.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Visit {
     /// No loop wrote anything there.
     Silent,
-    Wrote(Range<usize>),
+    Wrote(Wrote),
     /// Several loops wrote something.
     Ambiguous,
 }

@@ -10,23 +10,27 @@
 //!
 //! Where an answer ends that is not the last message, the text alone does not say. Three witnesses do:
 //!
-//! * the loop over the messages: what it wrote while it stood at the answer. It is asked under oath: with another message
-//!   in the place of the next one, and nothing after it, the text up to there must stay the same; or, for templates that
-//!   look further ahead, with others in the place of all that follow. So no part of the span comes from a later message.
+//! * the loop over the messages: what it wrote while it stood at the answer. If the template had looked at later messages
+//!   by then, the loop is asked under oath: with another message in the place of the next one, and nothing after it, the
+//!   text up to there must stay the same; or, for templates that look further ahead, with others in the place of all that
+//!   follow. So no part of the span comes from a later message.
 //! * the conversation cut behind the answer, if its text is a prefix of the whole text;
 //! * the same with a generation prompt, if it is a prefix once the prompt is taken off.
 //!
 //! The loop is believed alone if the span ends with an end-of-turn token that the template is known to write (see
 //! [`Endings`]), otherwise the longest of the three counts. Where there is no witness, the conversation is refused. Every
-//! run but the first compares its output with the text and keeps nothing.
+//! run but the first compares its output with the text and keeps nothing; and for most templates there are two of them,
+//! however many answers there are: the second tells the text before each answer, see [`fork`](super::fork).
 
 use std::borrow::Cow;
+use std::cell::OnceCell;
 use std::ops::Range;
 
 use super::failure::{Cause, Eval, Failure};
+use super::fork::Fork;
 use super::input;
 use super::python::trim_end;
-use super::sink::{Difference, Visit};
+use super::sink::{Difference, Sink, Visit, Wrote};
 use super::value::Items;
 use super::{ChatTemplate, Prompt};
 use crate::conversation::{Conversation, Message, Role};
@@ -176,7 +180,7 @@ pub(super) fn prove<'r>(
     visits: &[Visit],
     prompts: &'r [Prompt],
 ) -> Result<Proved> {
-    let proof = Proof { template, conversation, messages, text, prompts };
+    let proof = Proof { template, conversation, messages, text, prompts, forks: Default::default() };
     let mut proved = Proved::default();
     for (index, message) in conversation.messages.iter().enumerate() {
         if !message.is_trained {
@@ -251,6 +255,8 @@ struct Proof<'p> {
     text: &'p str,
     /// The prompts that the text before an answer may end with.
     prompts: &'p [Prompt],
+    /// What one run tells of the texts before all answers, with each of the prompts that it was asked for.
+    forks: [OnceCell<Vec<Option<Fork<'p>>>>; 2],
 }
 
 pub(super) fn unproved(index: usize, reason: impl std::fmt::Display) -> Error {
@@ -267,6 +273,23 @@ impl<'p> Proof<'p> {
         let tools = self.conversation.tools.as_ref();
         let Difference { common, rest, .. } = self.template.compare(messages, tools, prompt, self.text)?;
         Ok((common, rest))
+    }
+
+    /// Compares the text of the messages before an answer with the whole text.
+    fn compare_before(&self, index: usize, prompt: Prompt) -> Eval<(usize, Vec<u8>)> {
+        let forks = self.forks[usize::from(prompt == Prompt::WithoutThinking)].get_or_init(|| {
+            let wanted: Vec<bool> = self.conversation.messages.iter().map(|message| message.is_trained).collect();
+            if wanted.iter().filter(|is_trained| **is_trained).count() < 2 {
+                return Vec::new();
+            }
+            let sink = Sink::Compare(Difference { text: self.text, common: 0, rest: Vec::new() });
+            let tools = self.conversation.tools.as_ref();
+            self.template.forks(input::messages(&self.conversation.messages), tools, prompt, sink, wanted).1
+        });
+        if let Some(Some(Fork { sink: Sink::Compare(difference), .. })) = forks.get(index) {
+            return Ok((difference.common, difference.rest.clone()));
+        }
+        self.compare(self.messages.window(0..index), prompt)
     }
 
     /// Where an answer stands, or how the text before it differs from what the model would see.
@@ -313,7 +336,7 @@ impl<'p> Proof<'p> {
             // The last prompt is the first without its end.
             let (common, rest) = match (prompt, &difference) {
                 (Prompt::Unopened, Some(difference)) => difference.clone(),
-                _ => self.compare(self.messages.window(0..index), *prompt)?,
+                _ => self.compare_before(index, *prompt)?,
             };
             if rest.is_empty() {
                 return Ok(Ok(common));
@@ -340,7 +363,7 @@ impl<'p> Proof<'p> {
     /// The end of an answer that other messages follow.
     fn inner_end(&self, index: usize, start: usize, visit: &Visit) -> Option<usize> {
         let by_loop = match visit {
-            Visit::Wrote(wrote) if self.is_independent(index, wrote.end) => self.trimmed(start, wrote.end),
+            Visit::Wrote(wrote) if self.is_independent(index, *wrote) => self.trimmed(start, wrote.end),
             _ => None,
         };
         if let Some((end, true)) = by_loop {
@@ -366,7 +389,11 @@ impl<'p> Proof<'p> {
     }
 
     /// Does the text up to `end` stay the same whatever follows message `index`?
-    fn is_independent(&self, index: usize, end: usize) -> bool {
+    fn is_independent(&self, index: usize, Wrote { end, horizon, .. }: Wrote) -> bool {
+        // What did not look at them does not depend on them.
+        if horizon <= index + 1 {
+            return true;
+        }
         [1, self.conversation.messages.len() - index - 1].into_iter().any(|num_others| {
             let messages = followed_by_others(self.conversation, index, num_others);
             let difference = self.compare(input::messages(&messages), Prompt::None);

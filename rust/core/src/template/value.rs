@@ -81,15 +81,23 @@ pub(super) struct Joined<'a> {
 pub(super) enum Items<'a> {
     /// An array of the record.
     Json(&'a [json::Value<'a>]),
-    /// A window of elements that the template made.
-    Shared(Rc<Nested<Vec<Value<'a>>>>, usize, usize),
+    /// A window of elements that the template made, or of the messages.
+    Shared(Rc<List<'a>>, usize, usize),
 }
 
-/// Something made by the template, and how deep it nests.
+/// Elements, how deep they nest, and how many of them have been looked at: see [`Items::horizon`].
 #[derive(Debug)]
-pub(super) struct Nested<T> {
+pub(super) struct List<'a> {
     depth: u16,
-    data: T,
+    values: Vec<Value<'a>>,
+    horizon: Cell<usize>,
+}
+
+/// The pairs of a dict made by the template, and how deep it nests.
+#[derive(Debug)]
+pub(super) struct Pairs<'a> {
+    depth: u16,
+    pairs: Vec<(Value<'a>, Value<'a>)>,
 }
 
 /// A dict: keys are texts where it comes from the record.
@@ -97,7 +105,7 @@ pub(super) struct Nested<T> {
 pub(super) enum Dict<'a> {
     /// An object of the record.
     Json(&'a [Member<'a>]),
-    Shared(Rc<Nested<Vec<(Value<'a>, Value<'a>)>>>),
+    Shared(Rc<Pairs<'a>>),
 }
 
 /// The variable `loop`.
@@ -197,17 +205,59 @@ impl<'a> Text<'a> {
 }
 
 impl<'a> Items<'a> {
+    /// How many there are.
     pub fn len(&self) -> usize {
+        self.len_beyond(usize::MAX)
+    }
+
+    /// How many there are, for who only asks whether they are at least `bound`.
+    pub fn len_beyond(&self, bound: usize) -> usize {
+        let held = self.held();
+        if let Self::Shared(list, start, end) = self {
+            if bound <= held {
+                list.look(start + bound);
+            } else if *end == list.values.len() {
+                list.look(usize::MAX);
+            }
+        }
+        held
+    }
+
+    /// How many there are, for who does not let the output depend on it.
+    pub fn held(&self) -> usize {
         match self {
             Self::Json(values) => values.len(),
             Self::Shared(_, start, end) => end - start,
         }
     }
 
+    /// Notes that it was seen that there are no more.
+    pub fn look_at_end(&self) {
+        self.len();
+    }
+
     pub fn get(&self, index: usize) -> Option<Value<'a>> {
         match self {
             Self::Json(values) => values.get(index).map(Value::from_json),
-            Self::Shared(items, start, end) => items.data[*start..*end].get(index).cloned(),
+            Self::Shared(list, start, _) => {
+                (index < self.len_beyond(index.saturating_add(1))).then(|| list.values[start + index].clone())
+            }
+        }
+    }
+
+    /// How many elements of the list behind this window have been looked at: what was done so far would be the same for any
+    /// list that begins with these. `usize::MAX` once something has asked where the list ends.
+    pub fn horizon(&self) -> usize {
+        match self {
+            Self::Json(_) => usize::MAX,
+            Self::Shared(list, ..) => list.horizon.get(),
+        }
+    }
+
+    /// Forgets what was looked at since the horizon was `earlier`.
+    pub fn restore_horizon(&self, earlier: usize) {
+        if let Self::Shared(list, ..) = self {
+            list.horizon.set(earlier);
         }
     }
 
@@ -218,7 +268,7 @@ impl<'a> Items<'a> {
     /// Where the window `part` begins in this window of the same elements.
     pub fn offset_of(&self, part: &Self) -> Option<usize> {
         match (self, part) {
-            (Self::Shared(items, start, end), Self::Shared(other, first, last)) if Rc::ptr_eq(items, other) => {
+            (Self::Shared(list, start, end), Self::Shared(other, first, last)) if Rc::ptr_eq(list, other) => {
                 (*start <= *first && *last <= *end).then(|| first - start)
             }
             _ => None,
@@ -229,8 +279,14 @@ impl<'a> Items<'a> {
     pub fn window(&self, range: Range<usize>) -> Self {
         match self {
             Self::Json(values) => Self::Json(&values[range]),
-            Self::Shared(items, start, _) => Self::Shared(items.clone(), start + range.start, start + range.end),
+            Self::Shared(list, start, _) => Self::Shared(list.clone(), start + range.start, start + range.end),
         }
+    }
+}
+
+impl List<'_> {
+    fn look(&self, count: usize) {
+        self.horizon.set(self.horizon.get().max(count));
     }
 }
 
@@ -238,7 +294,7 @@ impl<'a> Dict<'a> {
     pub fn len(&self) -> usize {
         match self {
             Self::Json(members) => members.len(),
-            Self::Shared(pairs) => pairs.data.len(),
+            Self::Shared(dict) => dict.pairs.len(),
         }
     }
 
@@ -246,8 +302,8 @@ impl<'a> Dict<'a> {
     pub fn get(&self, key: &str) -> Option<Value<'a>> {
         match self {
             Self::Json(members) => members.iter().find(|member| member.key == key).map(Value::of_member),
-            Self::Shared(pairs) => {
-                pairs.data.iter().find(|(found, _)| found.as_str() == Some(key)).map(|(_, value)| value.clone())
+            Self::Shared(dict) => {
+                dict.pairs.iter().find(|(found, _)| found.as_str() == Some(key)).map(|(_, value)| value.clone())
             }
         }
     }
@@ -258,7 +314,7 @@ impl<'a> Dict<'a> {
                 let member = &members[index];
                 (Value::record(&member.key), Value::of_member(member))
             }
-            Self::Shared(pairs) => pairs.data[index].clone(),
+            Self::Shared(dict) => dict.pairs[index].clone(),
         })
     }
 }
@@ -304,7 +360,7 @@ impl<'a> Value<'a> {
     pub fn sequence(kind: SequenceKind, values: Vec<Self>) -> Eval<Self> {
         let depth = nesting(values.iter())?;
         let length = values.len();
-        Ok(Self::Sequence(kind, Items::Shared(Rc::new(Nested { depth, data: values }), 0, length)))
+        Ok(Self::Sequence(kind, Items::Shared(Rc::new(List { depth, values, horizon: Cell::new(0) }), 0, length)))
     }
 
     pub fn list(values: Vec<Self>) -> Eval<Self> {
@@ -318,7 +374,7 @@ impl<'a> Value<'a> {
     /// A dict whose keys differ.
     pub fn dict(pairs: Vec<(Self, Self)>) -> Eval<Self> {
         let depth = nesting(pairs.iter().flat_map(|(key, value)| [key, value]))?;
-        Ok(Self::Dict(Dict::Shared(Rc::new(Nested { depth, data: pairs }))))
+        Ok(Self::Dict(Dict::Shared(Rc::new(Pairs { depth, pairs }))))
     }
 
     pub fn generator(values: Vec<Self>) -> Eval<Self> {
@@ -383,9 +439,9 @@ impl<'a> Value<'a> {
             Self::Int(number) => *number != 0,
             Self::Float(number) => *number != 0.0,
             Self::Text(text) | Self::Safe(text) => !text.is_empty(),
-            Self::Sequence(_, items) => items.len() > 0,
+            Self::Sequence(_, items) => items.len_beyond(1) > 0,
             Self::Dict(dict) => dict.len() > 0,
-            Self::Loop(state) => state.items.len() > 0,
+            Self::Loop(state) => state.items.len_beyond(1) > 0,
             Self::Generator(_) | Self::Namespace(_) | Self::Macro(_) | Self::Function(_) | Self::Method => true,
         }
     }
@@ -492,8 +548,8 @@ fn nesting<'v, 'a: 'v>(values: impl Iterator<Item = &'v Value<'a>>) -> Eval<u16>
     let mut depth = 0;
     for value in values {
         depth = depth.max(match value {
-            Value::Sequence(_, Items::Shared(items, ..)) => items.depth,
-            Value::Dict(Dict::Shared(pairs)) => pairs.depth,
+            Value::Sequence(_, Items::Shared(list, ..)) => list.depth,
+            Value::Dict(Dict::Shared(dict)) => dict.depth,
             Value::Generator(_) | Value::Namespace(_) | Value::Loop(_) | Value::Method => {
                 return impossible(format!("a {} inside another value is not supported", value.type_name()));
             }
