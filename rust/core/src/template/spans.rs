@@ -13,7 +13,8 @@
 //! * the loop over the messages: what it wrote while it stood at the answer. If the template had looked at later messages
 //!   by then, the loop is asked under oath: with another message in the place of the next one, and nothing after it, the
 //!   text up to there must stay the same; or, for templates that look further ahead, with others in the place of all that
-//!   follow. So no part of the span comes from a later message.
+//!   follow. So no part of the span comes from a later message. Where the text before the next answer is known not to
+//!   depend on what comes from there, one run asks for all answers, with others in the place of all messages between them.
 //! * the conversation cut behind the answer, if its text is a prefix of the whole text;
 //! * the same with a generation prompt, if it is a prefix once the prompt is taken off.
 //!
@@ -177,16 +178,26 @@ pub(super) fn prove<'r>(
     conversation: &'r Conversation<'r>,
     messages: &'r Items<'r>,
     text: &'r str,
-    visits: &[Visit],
+    visits: &'r [Visit],
     prompts: &'r [Prompt],
 ) -> Result<Proved> {
-    let proof = Proof { template, conversation, messages, text, prompts, forks: Default::default() };
+    let proof = Proof {
+        template,
+        conversation,
+        messages,
+        text,
+        visits,
+        prompts,
+        forks: Default::default(),
+        others: OnceCell::new(),
+    };
     let mut proved = Proved::default();
-    for (index, message) in conversation.messages.iter().enumerate() {
-        if !message.is_trained {
-            continue;
-        }
-        let span = match proof.span(index, &visits[index])? {
+    let answers = || (0..messages.held()).filter(|index| conversation.messages[*index].is_trained);
+    let mut starts = answers().map(|index| proof.start(index)).collect::<Vec<_>>().into_iter().peekable();
+    for index in answers() {
+        let start = starts.next().expect("there is a start for each answer");
+        let next = starts.peek().and_then(|next| next.as_ref().ok()?.as_ref().ok().copied());
+        let span = match proof.span(index, start, next)? {
             Ok(span) => span,
             Err(reason) => {
                 proved.changed.push((index, reason));
@@ -253,10 +264,13 @@ struct Proof<'p> {
     conversation: &'p Conversation<'p>,
     messages: &'p Items<'p>,
     text: &'p str,
+    visits: &'p [Visit],
     /// The prompts that the text before an answer may end with.
     prompts: &'p [Prompt],
     /// What one run tells of the texts before all answers, with each of the prompts that it was asked for.
     forks: [OnceCell<Vec<Option<Fork<'p>>>>; 2],
+    /// The text with other messages in the place of all that are not trained on, and what the loop wrote of it.
+    others: OnceCell<Option<(String, Vec<Visit>)>>,
 }
 
 pub(super) fn unproved(index: usize, reason: impl std::fmt::Display) -> Error {
@@ -292,9 +306,15 @@ impl<'p> Proof<'p> {
         self.compare(self.messages.window(0..index), prompt)
     }
 
-    /// Where an answer stands, or how the text before it differs from what the model would see.
-    fn span(&self, index: usize, visit: &Visit) -> Result<std::result::Result<Range<usize>, String>> {
-        let start = match self.start(index) {
+    /// Where an answer stands that begins at `start`, or how the text before it differs from what the model would see;
+    /// `next` is where the next answer begins, if that is known.
+    fn span(
+        &self,
+        index: usize,
+        start: Eval<Start>,
+        next: Option<usize>,
+    ) -> Result<std::result::Result<Range<usize>, String>> {
+        let start = match start {
             Ok(Ok(start)) => start,
             Ok(Err((common, rest))) => {
                 let start = common.saturating_sub(20);
@@ -317,7 +337,7 @@ impl<'p> Proof<'p> {
         let end = if index == last {
             self.trimmed(start, self.text.len()).map(|(end, _)| end)
         } else {
-            self.inner_end(index, start, visit)
+            self.inner_end(index, start, next)
         };
         match end {
             Some(end) if end > start => Ok(Ok(start..end)),
@@ -327,7 +347,7 @@ impl<'p> Proof<'p> {
     }
 
     /// Where an answer begins, or else how far the text agrees with the text and prompt before it, and what follows there.
-    fn start(&self, index: usize) -> Eval<std::result::Result<usize, (usize, Vec<u8>)>> {
+    fn start(&self, index: usize) -> Eval<Start> {
         let mut difference: Option<(usize, Vec<u8>)> = None;
         for prompt in self.prompts {
             if *prompt == Prompt::WithoutThinking && !self.template.knows_thinking() {
@@ -361,9 +381,9 @@ impl<'p> Proof<'p> {
     }
 
     /// The end of an answer that other messages follow.
-    fn inner_end(&self, index: usize, start: usize, visit: &Visit) -> Option<usize> {
-        let by_loop = match visit {
-            Visit::Wrote(wrote) if self.is_independent(index, *wrote) => self.trimmed(start, wrote.end),
+    fn inner_end(&self, index: usize, start: usize, next: Option<usize>) -> Option<usize> {
+        let by_loop = match self.visits[index] {
+            Visit::Wrote(wrote) if self.is_independent(index, wrote, next) => self.trimmed(start, wrote.end),
             _ => None,
         };
         if let Some((end, true)) = by_loop {
@@ -388,10 +408,33 @@ impl<'p> Proof<'p> {
         [by_loop, by_cut, by_prompt].into_iter().flatten().map(|(end, _)| end).max()
     }
 
+    /// Does the loop write the same of an answer if all messages that are not trained on are others?
+    fn is_same_among_others(&self, index: usize, wrote: Wrote) -> bool {
+        let others = self.others.get_or_init(|| {
+            let other =
+                |message: &Message<'p>| if message.is_trained { message.clone() } else { other_message(message) };
+            let messages: Vec<Message<'p>> = self.conversation.messages.iter().map(other).collect();
+            let sink = Sink::collect(String::new(), Vec::new());
+            let tools = self.conversation.tools.as_ref();
+            let output = self.template.run(input::messages(&messages), tools, Prompt::None, sink).ok()?;
+            Some((output.sink.into_made().text, output.visits))
+        });
+        match others {
+            Some((text, visits)) => matches!(&visits[index], Visit::Wrote(other)
+                if text[other.start..other.end] == self.text[wrote.start..wrote.end]),
+            None => false,
+        }
+    }
+
     /// Does the text up to `end` stay the same whatever follows message `index`?
-    fn is_independent(&self, index: usize, Wrote { end, horizon, .. }: Wrote) -> bool {
+    fn is_independent(&self, index: usize, wrote: Wrote, next: Option<usize>) -> bool {
+        let Wrote { end, horizon, .. } = wrote;
         // What did not look at them does not depend on them.
         if horizon <= index + 1 {
+            return true;
+        }
+        // What stands before the next answer's beginning does not depend on that answer or what follows it.
+        if next.is_some_and(|next| end <= next) && self.is_same_among_others(index, wrote) {
             return true;
         }
         [1, self.conversation.messages.len() - index - 1].into_iter().any(|num_others| {
@@ -401,6 +444,9 @@ impl<'p> Proof<'p> {
         })
     }
 }
+
+/// Where an answer begins, or else how far the text agrees with the text and prompt before it, and what follows there.
+type Start = std::result::Result<usize, (usize, Vec<u8>)>;
 
 /// The conversation up to message `index`, and other messages in the place of the next `num_others`.
 pub(super) fn followed_by_others<'c>(
@@ -449,5 +495,67 @@ pub(super) fn sentence(failure: &Failure) -> String {
     match failure.cause() {
         Cause::Raised(message) => format!("the template says: {message}"),
         Cause::Impossible(message) => message.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Rendered;
+    use super::*;
+
+    fn trained(source: &str, messages: Vec<Message<'static>>) -> std::result::Result<Vec<String>, ErrorKind> {
+        let template = ChatTemplate::compile("test", source, &[]).unwrap();
+        let mut rendered = Rendered::default();
+        // The third time, the conversation is rendered by plan.
+        for _ in 0..3 {
+            template
+                .render(&Conversation { messages: messages.clone(), tools: None }, &mut rendered)
+                .map_err(|error| error.kind())?;
+        }
+        assert!(rendered.changed.is_empty());
+        Ok(rendered.spans.iter().map(|span| rendered.text[span.clone()].to_owned()).collect())
+    }
+
+    fn talk(num_turns: usize) -> Vec<Message<'static>> {
+        let turn = |_| [Message::new(Role::User, "Why?"), Message::new(Role::Assistant, "So.")];
+        (0..num_turns).flat_map(turn).collect()
+    }
+
+    fn template(before: &str, in_answer: &str) -> String {
+        let answer = format!("{{{{ message.content }}}}{in_answer}{{{{ '<|end|>\n' }}}}");
+        let other = "{{ '[user]' + message.content + '<|end|>\n' }}";
+        let prompt = "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}";
+        format!(
+            "{before}{{% for message in messages %}}{{% if message.role == 'assistant' %}}{{{{ '[assistant]' }}}}{answer}\
+             {{% else %}}{other}{{% endif %}}{{% endfor %}}{prompt}"
+        )
+    }
+
+    // Where an answer ends is proved for templates that look at the end of the conversation, too.
+    #[test]
+    fn answers_end_where_they_end_however_far_the_template_looks() {
+        let looks = ["", "{% set n = messages | length %}", "{% for message in messages[::-1] %}{{ '' }}{% endfor %}"];
+        for look in looks {
+            assert_eq!(Ok(vec!["So.<|end|>".to_owned(); 3]), trained(&template(look, ""), talk(3)), "{look}");
+        }
+    }
+
+    // What a template takes from a later message is never trained on as part of an answer.
+    #[test]
+    fn text_of_later_messages_is_no_part_of_an_answer() {
+        let peeks = [
+            "{% if loop.nextitem %}{{ loop.nextitem.content }}{% endif %}",
+            "{% if not loop.last %}{{ messages[loop.index].content }}{% endif %}",
+            "{% if not loop.last %}{{ messages[-1].content }}{% endif %}",
+            "{% for later in messages[loop.index:] %}{% if later.role == 'user' %}{{ later.content }}{% endif %}{% endfor %}",
+        ];
+        for before in ["", "{% set n = messages | length %}"] {
+            for peek in peeks {
+                let found = trained(&template(before, peek), talk(3));
+                let is_clean = |spans: &Vec<String>| spans.iter().all(|span| !span.contains("Why"));
+                assert!(found.as_ref().map_or(true, is_clean), "{before}{peek}: {found:?}");
+                assert_ne!(Ok(vec!["So.<|end|>".to_owned(); 3]), found, "{before}{peek}");
+            }
+        }
     }
 }
