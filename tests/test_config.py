@@ -233,7 +233,8 @@ def test_required_keys(load: Any, key: str, value: str | None) -> None:
         (
             "track_with",
             "tensorbord",
-            'expected "tensorboard" or "wandb" or "stdout" or null, found the text \'tensorbord\'',
+            'expected "tensorboard" or "wandb" or "swanlab" or "mlflow" or "stdout" or null, '
+            "found the text 'tensorbord'",
         ),
         ("on_error", "ignore", 'expected "raise" or "skip", found the text \'ignore\''),
         ("resume_from_checkpoint", 3, "expected true or false or a text, found 3"),

@@ -29,7 +29,9 @@ PYTHON_LAYERS = [
     {"cli"},
 ]
 # What takes seconds to load and is only for training.
-HEAVY = {"accelerate", "deepspeed", "peft", "ray", "tensorboard", "torch", "transformers", "wandb"}
+HEAVY = {
+    *("accelerate", "deepspeed", "mlflow", "peft", "ray", "swanlab", "tensorboard", "torch", "transformers", "wandb")
+}
 
 # The same for the modules of the core crate.
 RUST_LAYERS = [

@@ -24,7 +24,7 @@ from sft_fast.train.checkpoint import (
     remove_old,
     staging_directory,
 )
-from sft_fast.train.metrics import MetricsFile, StepMetrics
+from sft_fast.train.metrics import StepFile, StepMetrics
 from tests.train_helpers import Workspace
 
 
@@ -221,7 +221,7 @@ def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def metrics(step: int, **changes: Any) -> StepMetrics:
     """The metrics of a step."""
     values: dict[str, Any] = {field.name: 0.5 for field in dataclasses.fields(StepMetrics)}
-    return StepMetrics(**(values | {"step": step, "val_loss": None} | changes))
+    return StepMetrics(**(values | {"step": step, "val_loss": None, "val_loss_by_source": {}} | changes))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -232,16 +232,16 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     """A run killed after step 3 (in the middle of a line) and resumed at step 2 leaves each step once, in order."""
     path = tmp_path / "logs" / "metrics.jsonl"
-    first = MetricsFile(path, 0)
+    first = StepFile(path, 0)
     for step in (1, 2, 3):
-        first.write(metrics(step, loss=1.0))
+        first.write(metrics(step, loss=1.0).values())
     first.close()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
 
-    second = MetricsFile(path, 2)
+    second = StepFile(path, 2)
     for step in (3, 4):
-        second.write(metrics(step, loss=2.0))
+        second.write(metrics(step, loss=2.0).values())
     second.close()
 
     assert [(line["step"], line["loss"]) for line in lines(path)] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
@@ -251,8 +251,8 @@ def test_a_new_run_puts_an_old_file_aside(tmp_path: Path) -> None:
     """Metrics of an earlier run are neither mixed with those of a new one nor lost."""
     path = tmp_path / "metrics.jsonl"
     for loss in (1.0, 2.0):
-        file = MetricsFile(path, 0)
-        file.write(metrics(1, loss=loss))
+        file = StepFile(path, 0)
+        file.write(metrics(1, loss=loss).values())
         file.close()
 
     assert [line["loss"] for line in lines(path)] == [2.0]
@@ -262,9 +262,9 @@ def test_a_new_run_puts_an_old_file_aside(tmp_path: Path) -> None:
 
 def test_val_loss_is_there_when_there_is_one(tmp_path: Path) -> None:
     """A line has `val_loss` only where there was a validation, and is on disk as soon as it is written."""
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    file.write(metrics(1))
-    file.write(metrics(2, val_loss=3.0))
+    file = StepFile(tmp_path / "metrics.jsonl", 0)
+    file.write(metrics(1).values())
+    file.write(metrics(2, val_loss=3.0).values())
 
     assert [line.get("val_loss") for line in lines(tmp_path / "metrics.jsonl")] == [None, 3.0]
     file.close()

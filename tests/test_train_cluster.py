@@ -17,7 +17,7 @@ from sft_fast.train import cluster as clusters
 from sft_fast.train import pipeline as pipelines
 from sft_fast.train.checkpoint import TrainState, commit, staging_directory
 from sft_fast.train.cluster import Cluster, Failure, LocalCluster, first_cause, to_error
-from sft_fast.train.metrics import MetricsFile, StepMetrics
+from sft_fast.train.metrics import StepFile
 from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.worker import TrainStepReport
 from tests.train_helpers import Workspace, broken_workspace, dataset_of, run_worker, start_worker
@@ -150,14 +150,16 @@ def test_two_ranks_are_one(workspace: Workspace, two_ranks: Cluster, stage: int,
     worker.close()
 
     path = dataset_of(config).path
-    two_ranks.initialize(config, path, path)
+    two_ranks.initialize(config, path, {"validation": path})
     validation = two_ranks.submit("val_step").result()
     calls = [two_ranks.submit("train_step", step) for step in range(len(expected))]
     actual = [values(call.result()) for call in calls]
 
-    assert sum(report.num_label_tokens for report in validation) == before.num_label_tokens
-    assert sum(report.loss_sum for report in validation) == pytest.approx(before.loss_sum, rel=1e-5)
-    assert min(report.num_label_tokens for report in validation) > 0, "both ranks validate"
+    counts = [report.num_label_tokens["validation"] for report in validation]
+    assert sum(counts) == before.num_label_tokens["validation"]
+    assert min(counts) > 0, "both ranks validate"
+    total = sum(report.loss_sums["validation"] for report in validation)
+    assert total == pytest.approx(before.loss_sums["validation"], rel=1e-5)
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-5)
 
@@ -314,15 +316,15 @@ def test_a_run_starts_again_after_a_rank_is_killed(
         return [{name: v for name, v in json.loads(line).items() if "second" not in name} for line in lines]
 
     expected = run(two_rank_config(workspace, **options("whole")))
-    write = MetricsFile.write
+    write = StepFile.write
 
-    def write_and_kill(self: MetricsFile, metrics: StepMetrics) -> None:
+    def write_and_kill(self: StepFile, metrics: dict[str, Any]) -> None:
         write(self, metrics)
-        if metrics.step == 3 and len(clusters_made) == 1:
+        if metrics["step"] == 3 and len(clusters_made) == 1:
             os.kill(clusters_made[0]._pids[1], signal.SIGKILL)
 
     monkeypatch.setattr(pipelines, "Cluster", Remembered)
-    monkeypatch.setattr(MetricsFile, "write", write_and_kill)
+    monkeypatch.setattr(StepFile, "write", write_and_kill)
 
     assert run(two_rank_config(workspace, **options("killed"))) == expected
     assert len(clusters_made) == 2

@@ -33,12 +33,13 @@ def reference(
     bias: torch.Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """The same from all logits at once."""
     logits = nn.functional.linear(hidden, weight, bias).float() * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def gradients(loss: torch.Tensor, values: dict[str, Any]) -> list[torch.Tensor]:
@@ -60,6 +61,31 @@ def test_value_and_gradients_equal_those_of_all_logits(chunk_rows: int, options:
     torch.testing.assert_close(actual, expected)
     for mine, theirs in zip(gradients(3.0 * actual, values), gradients(3.0 * expected, values), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"softcap": 2.0}])
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_label_smoothing_is_that_of_torch(options: dict[str, Any], smoothing: float) -> None:
+    """Value and gradients are those of torch's cross-entropy with `label_smoothing`."""
+    values = inputs(bias=True)
+    actual = cross_entropy_sum(**values, **options, label_smoothing=smoothing, chunk_rows=8)
+    expected = reference(**values, **options, label_smoothing=smoothing)
+
+    torch.testing.assert_close(actual, expected)
+    for mine, theirs in zip(gradients(actual, values), gradients(expected, values), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_makes_its_gradient_so() -> None:
+    """Even where the gradient of the formula would be finite: what all ranks look at is the gradient."""
+    values = inputs()
+    with torch.no_grad():
+        values["weight"][:, 0] = torch.finfo(torch.float32).max
+    loss = cross_entropy_sum(**values)
+
+    assert not torch.isfinite(loss)
+    for gradient in gradients(loss, values):
+        assert not torch.isfinite(gradient).all()
 
 
 def test_bfloat16_loses_no_more_than_its_logits() -> None:

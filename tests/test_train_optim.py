@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ def test_a_model_that_is_frozen_whole_is_refused() -> None:
         ("cosine_with_min_lr", {"min_lr": 1e-6}),
         ("warmup_stable_decay", {"num_decay_steps": 5}),
         ("polynomial", {"power": 2.0}),
+        ("constant", {}),
+        ("cosine_with_restarts", {"num_cycles": 2}),
+        ("cosine_warmup_with_min_lr", {"min_lr": 1e-6}),
     ],
 )
 def test_the_learning_rate_is_that_of_transformers(name: str, options: dict[str, Any]) -> None:
@@ -81,6 +85,14 @@ def test_the_learning_rate_is_that_of_transformers(name: str, options: dict[str,
     schedule = learning_rate_schedule(arguments, 20)
 
     assert [schedule(step) for step in reversed(range(1, 21))] == pytest.approx(expected[::-1])
+
+
+def test_every_schedule_of_transformers_is_there() -> None:
+    """Those that are not look at the loss, so that the rate would no longer be a function of the step."""
+    from transformers import SchedulerType
+
+    ours = set(typing.get_args(typing.get_type_hints(TrainingArguments)["lr_scheduler_type"]))
+    assert {kind.value for kind in SchedulerType} - ours == {"reduce_lr_on_plateau", "greedy"}
 
 
 def test_arguments_that_a_schedule_lacks_are_refused() -> None:

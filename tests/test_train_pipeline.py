@@ -1,5 +1,6 @@
 """Whole runs on one rank in this process: what they leave, how they stop, and how they go on."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,15 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from sft_fast import ConfigError, TrainError
-from sft_fast.config import SFTConfig, load_config, resolved_yaml
+from sft_fast import ConfigError, Dataset, TrainError, ensure_dataset
+from sft_fast.config import DataArguments, SFTConfig, ValidationConfig, load_config, resolved_yaml
 from sft_fast.train import checkpoint, loop
 from sft_fast.train import pipeline as pipelines
-from sft_fast.train.checkpoint import find_checkpoints
-from sft_fast.train.metrics import MetricsFile, StepMetrics
+from sft_fast.train.checkpoint import TrainState, find_checkpoints
+from sft_fast.train.metrics import StepFile, StepMetrics
 from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.plan import BatchArithmetic, train_stream
 from sft_fast.train.tracking import create_tracker
@@ -60,14 +62,14 @@ class TrainStopper:
     def run(self) -> None:
         """Runs until then."""
         with pytest.MonkeyPatch.context() as patch:
-            write = MetricsFile.write
+            write = StepFile.write
 
-            def write_and_signal(file: MetricsFile, metrics: StepMetrics) -> None:
+            def write_and_signal(file: StepFile, metrics: dict[str, Any]) -> None:
                 write(file, metrics)
-                if metrics.step == self._step:
+                if metrics["step"] == self._step:
                     os.kill(os.getpid(), signal.SIGTERM)
 
-            patch.setattr(MetricsFile, "write", write_and_signal)
+            patch.setattr(StepFile, "write", write_and_signal)
             run(self._config)
 
 
@@ -91,7 +93,8 @@ def test_a_run_leaves_what_it_promises(
 
     assert [line["step"] for line in metrics] == list(range(1, num_steps + 1))
     assert [line["step"] for line in metrics if "val_loss" in line] == [2, 4, 6, 7]
-    assert {field for line in metrics for field in line} | TIMES == set(StepMetrics.__dataclass_fields__)
+    fields = set(StepMetrics.__dataclass_fields__) - {"val_loss_by_source"}
+    assert {field for line in metrics for field in line} | TIMES == fields
     assert metrics[-1]["epoch"] == num_steps / num_steps_per_epoch
     for line, (loss, norm) in zip(metrics, plain_loop(config), strict=True):
         assert (line["loss"], line["grad_norm"]) == pytest.approx((loss, norm), rel=2e-5)
@@ -152,12 +155,156 @@ def test_metrics_reach_wandb(tmp_path: Path) -> None:
     assert all(name in kept.read_bytes() for name in (b"loss", b"learning_rate", b"seed"))
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_reach_swanlab(tmp_path: Path) -> None:
+    """`track_with: swanlab` writes a run of SwanLab; offline, it is files with metrics, texts and settings in them."""
+    tracker = create_tracker(
+        "swanlab", {"mode": "offline", "project": "p"}, exp_name="x", run_directory=tmp_path, resolved_config="seed: 42"
+    )
+    tracker.log({"loss": 1.25, "val_loss/a": 2.5}, 1)
+    tracker.log_text("generations", "Paris <|im_end|>", 1)
+    tracker.finish()
+
+    (kept,) = tmp_path.rglob("*.swanlab")
+    assert all(name in kept.read_bytes() for name in (b"loss", b"val_loss/a", b"generations"))
+    assert "Paris <|im_end|>" in [path.read_text() for path in tmp_path.rglob("media/text/*.txt")]
+    assert "seed" in next(tmp_path.rglob("files/config.yaml")).read_text()
+
+
+def test_metrics_reach_mlflow(tmp_path: Path) -> None:
+    """`track_with: mlflow` makes a run of MLflow with the values by step, the texts and the settings."""
+    from mlflow import MlflowClient
+
+    tracker = create_tracker(
+        "mlflow", {"project": "p"}, exp_name="x", run_directory=tmp_path, resolved_config="seed: 42"
+    )
+    for step in (1, 2):
+        tracker.log({"loss": 1.25 / step, "val_loss/a": 2.5}, step)
+    tracker.log_text("generations", "Paris <|im_end|>", 2)
+    tracker.finish()
+    client = MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("p")
+    assert experiment is not None
+    (run_of_it,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run_of_it.info.run_id, "loss")
+
+    assert (run_of_it.info.run_name, run_of_it.info.status) == ("x", "FINISHED")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.25), (2, 0.625)]
+    assert run_of_it.data.metrics["val_loss/a"] == 2.5
+    assert next(tmp_path.rglob("generations/2.txt")).read_text() == "Paris <|im_end|>"
+    assert "seed" in next(tmp_path.rglob("config.yaml")).read_text()
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The error says which package is missing and that metrics are written in any case."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="wandb") as caught:
-        create_tracker("wandb", {}, exp_name="x", run_directory=tmp_path, resolved_config="{}")
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=name) as caught:
+        create_tracker(name, {}, exp_name="x", run_directory=tmp_path, resolved_config="{}")
     assert "metrics.jsonl" in str(caught.value.hint)
+
+
+def with_sources(config: SFTConfig, directory: Path) -> SFTConfig:
+    """The run with two sources of validation data of different sizes."""
+    files = [str(write_records(directory / name, size, seed=size)) for name, size in SOURCES.items()]
+    config.validation = ValidationConfig(data_args=DataArguments(file_name=files))
+    return config
+
+
+SOURCES = {"math.jsonl": 4, "chat.val.jsonl": 9}
+
+
+def test_each_source_has_its_validation_loss(workspace: Workspace, tmp_path: Path) -> None:
+    """It is what the source alone would give, and `val_loss` is the mean over the label tokens of all."""
+    options: dict[str, Any] = {"training": {"max_steps": 2}}
+    both = run(with_sources(config_in(workspace, tmp_path / "both", **options), tmp_path))[-1]
+    losses, num_label_tokens = [], []
+    for name in SOURCES:
+        config = config_in(workspace, tmp_path / f"{name}-alone", **options)
+        config.validation = ValidationConfig(data_args=DataArguments(file_name=str(tmp_path / name)))
+        alone = run(config)[-1]
+        assert not [key for key in alone if key.startswith("val_loss/")], "one source needs no second name"
+        losses.append(alone["val_loss"])
+        source = Dataset(
+            ensure_dataset(str(tmp_path / name), config.data_cache_dir, **config.preprocess_options()).path
+        )
+        num_label_tokens.append(sum(int(sample.label_mask.sum()) for sample in source))
+
+    assert [both["val_loss/math"], both["val_loss/chat.val"]] == pytest.approx(losses, rel=1e-6)
+    assert both["val_loss"] == pytest.approx(np.average(losses, weights=num_label_tokens), rel=1e-6)
+
+
+def test_answers_of_a_validation_are_written(workspace: Workspace, tmp_path: Path) -> None:
+    """Prompts from all sources, what was expected and what the model says, in a file and in the tracker."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = config_in(workspace, tmp_path, training={"max_steps": 4}, eval_steps=2, track_with="tensorboard")
+    with_sources(config, tmp_path)
+    assert config.validation is not None
+    config.validation.num_generations, config.validation.max_new_tokens = 3, 5
+    with_answers = run(config)
+    written = [json.loads(line) for line in (tmp_path / "logs" / "sft" / "generations.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "logs" / "sft" / "tensorboard"))
+    events.Reload()
+    (first, second) = events.Tensors("sft_train/generations")
+
+    assert [(line["step"], line["source"], line["sample"]) for line in written] == [
+        (step, source, sample)
+        for step in (2, 4)
+        for source, sample in (("validation/math", 0), ("validation/chat.val", 0), ("validation/chat.val", 4))
+    ]
+    for line in written:
+        assert line["prompt"].endswith("<|im_start|>assistant\n")
+        assert line["expected"].endswith("<|im_end|>")
+        assert line["generated"]
+    assert (first.step, second.step) == (2, 4)
+    assert written[-1]["generated"][:5] in second.tensor_proto.string_val[0].decode()
+    config.validation.num_generations = 0
+    config.output_dir, config.logging_dir = str(tmp_path / "out2"), str(tmp_path / "logs2")
+    assert run(config) == with_answers, "answers change nothing"
+
+
+def test_a_run_stops_when_it_no_longer_gets_better(workspace: Workspace, tmp_path: Path) -> None:
+    """After `patience` validations without a better loss, with a checkpoint and the export; a resumed run agrees."""
+    options: dict[str, Any] = {
+        "validation": True,
+        "eval_steps": 1,
+        "save_steps": 3,
+        "early_stopping_patience": 2,
+        "training": {"num_train_epochs": 20, "learning_rate": 0.3, "lr_scheduler_type": "constant"},
+    }
+    config = config_in(workspace, tmp_path / "a", **options, export_dir=str(tmp_path / "model"))
+    lines = run(config)
+    losses = [line["val_loss"] for line in lines]
+    first = next(i for i in range(2, len(losses)) if min(losses[: i - 1]) <= min(losses[i - 1 : i + 1]))
+
+    assert len(lines) == first + 1 < train_stream(config, dataset_of(config)).num_steps
+    assert find_checkpoints(config.output_dir)[-1].state.step == len(lines)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert "stopped early" in (Path(config.logging_dir) / "sft" / "train.log").read_text()
+    config.resume_from_checkpoint = True
+    assert run(config) == lines, "it is still over"
+    config.resume_from_checkpoint = str(Path(config.output_dir) / "sft_train" / "checkpoint-3")
+    assert run(config) == lines, "the count is part of a checkpoint"
+
+
+def test_a_gain_below_the_threshold_is_none() -> None:
+    """The count starts anew only with a loss that is lower than the lowest by more than the threshold."""
+    values: dict[str, Any] = {field.name: None for field in dataclasses.fields(TrainState)}
+    state = TrainState(**(values | {"num_evals_without_gain": 0}))
+    counts = []
+    for loss in (2.0, 1.95, 1.8, 1.9, 1.75, None):
+        state = loop._with_validation(state, loss, 0.1)
+        counts.append(state.num_evals_without_gain)
+
+    assert counts == [0, 1, 0, 1, 2, 2]
+    assert (state.best_val_loss, state.val_loss) == (1.75, None)
+
+
+def test_early_stopping_needs_validation_data(workspace: Workspace) -> None:
+    """Without validation data there is nothing that could stop the run, so the key is refused."""
+    with pytest.raises(ConfigError, match="validation data") as caught:
+        workspace.config(early_stopping_patience=1)
+    assert caught.value.location == "early_stopping_patience"
 
 
 def test_resuming_a_run_changes_nothing(workspace: Workspace, tmp_path: Path) -> None:
@@ -364,14 +511,14 @@ def test_the_driver_stays_a_step_ahead(workspace: Workspace, tmp_path: Path, mon
                 events.append(("out", arguments[0] + 1))
             return super().submit(method, *arguments)
 
-    write = MetricsFile.write
+    write = StepFile.write
 
-    def noted(self: MetricsFile, metrics: StepMetrics) -> None:
-        events.append(("read", metrics.step))
+    def noted(self: StepFile, metrics: dict[str, Any]) -> None:
+        events.append(("read", metrics["step"]))
         write(self, metrics)
 
     monkeypatch.setattr(pipelines, "LocalCluster", Recorder)
-    monkeypatch.setattr(MetricsFile, "write", noted)
+    monkeypatch.setattr(StepFile, "write", noted)
     run(config_in(workspace, tmp_path, training={"max_steps": 4}))
 
     expected = [("out", 1), ("out", 2), ("read", 1), ("out", 3), ("read", 2), ("out", 4), ("read", 3), ("read", 4)]

@@ -153,8 +153,9 @@ def test_validation_is_the_mean_over_its_label_tokens(workspace: Workspace) -> N
     stream = train_stream(config, dataset_of(config))
     whole = workspace.config(rows=1000, micro_batches=1)
 
-    assert report.loss_sum / report.num_label_tokens == pytest.approx(plain_loop(whole, 1)[0][0], rel=1e-5)
-    assert report.num_label_tokens == sum(
+    loss_sum, num_label_tokens = report.loss_sums["validation"], report.num_label_tokens["validation"]
+    assert loss_sum / num_label_tokens == pytest.approx(plain_loop(whole, 1)[0][0], rel=1e-5)
+    assert num_label_tokens == sum(
         stream.step(k, rows_per_micro_batch=2).num_label_tokens for k in range(stream.num_steps)
     )
     assert first.loss == pytest.approx(plain_loop(config, 1)[0][0], rel=1e-5), "validation leaves training alone"

@@ -171,7 +171,9 @@ def start_worker(config: SFTConfig, checkpoint: Path | None = None) -> SFTWorker
     path = dataset_of(config).path
     worker = SFTWorker()
     resumed = None if checkpoint is None else str(checkpoint)
-    worker.initialize(config, RankInfo(master_port=free_port()), path, path if config.validation else None, resumed)
+    worker.initialize(
+        config, RankInfo(master_port=free_port()), path, {"validation": path} if config.validation else None, resumed
+    )
     return worker
 
 
@@ -206,6 +208,7 @@ def plain_loop(config: SFTConfig, num_steps: int | None = None) -> list[tuple[fl
     model = AutoModelForCausalLM.from_pretrained(config.pretrain, dtype=torch.float32)
     optimizer = torch.optim.AdamW(parameter_groups(model, arguments.weight_decay), lr=arguments.learning_rate)
     learning_rate = learning_rate_schedule(arguments, stream.num_steps)
+    smoothing = arguments.label_smoothing_factor
     results = []
     for step in range(stream.num_steps if num_steps is None else num_steps):
         samples = list(samples_of(stream, step))
@@ -213,7 +216,10 @@ def plain_loop(config: SFTConfig, num_steps: int | None = None) -> list[tuple[fl
         total = 0.0
         for ids, targets in samples:
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            loss = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / num_label_tokens
+            loss = nn.functional.cross_entropy(
+                logits, targets, ignore_index=-100, reduction="sum", label_smoothing=smoothing
+            )
+            loss = loss / num_label_tokens
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -290,14 +290,17 @@ def cache_prune(
 def export(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory of a run.")],
     output_dir: Annotated[str, typer.Argument(metavar="DIR", help="Where the model goes.")],
+    adapters_only: Annotated[
+        bool, typer.Option("--adapters-only", help="Write the LoRA adapters as PEFT does, instead of a merged model.")
+    ] = False,
 ) -> None:
     """Write the model of a checkpoint as an ordinary model directory, with its tokenizer."""
     try:
         from sft_fast.train.export import export_checkpoint
     except ModuleNotFoundError as error:
         raise _missing_package(error) from error
-    export_checkpoint(checkpoint, output_dir)
-    typer.echo(f"the model is in {output_dir}")
+    export_checkpoint(checkpoint, output_dir, adapters_only=adapters_only)
+    typer.echo(f"the {'adapters are' if adapters_only else 'model is'} in {output_dir}")
 
 
 def _load(config_path: str, config_name: str, overrides: Sequence[str] | None) -> SFTConfig:
@@ -310,7 +313,7 @@ def _load(config_path: str, config_name: str, overrides: Sequence[str] | None) -
 
 
 def _preprocess_config(config: SFTConfig) -> dict[str, sft_fast.Report]:
-    """Finds or makes the data sets that a configuration names: `train`, and `validation` where there is one."""
+    """Finds or makes the data sets that a configuration names: `train`, and those of the validation."""
     import sft_fast
 
     reports = {}

@@ -26,7 +26,7 @@ SHARED_BLOCKS = frozenset(
 )
 
 # Trackers that ROLL's files name and that are not here; metrics.jsonl is written all the same.
-OTHER_TRACKERS = frozenset(("swanlab", "trackio", "ml_tracker"))
+OTHER_TRACKERS = frozenset(("trackio", "ml_tracker"))
 
 _WORKER = dict(
     [
@@ -100,7 +100,6 @@ NOT_ACTED_ON: dict[str, dict[str, str]] = {
     "sft_train": _WORKER,
     "sft_train.model_args": dict(
         [
-            ("adapter_name_or_path", "training starts from the weights of pretrain"),
             ("autocast_adapter_dtype", "master weights are always in 32 bits"),
             ("device_map", "devices come from device_mapping"),
             ("gradient_checkpointing_use_reentrant", "checkpointing is never re-entrant"),

@@ -74,6 +74,17 @@ class ModelArguments:
     additional_target: str | list[str] | None = None
     """Modules trained in full and saved beside the LoRA adapters: names, as a list or separated by commas."""
 
+    adapter_name_or_path: str | None = None
+    """Directory of LoRA adapters, as PEFT saves them, to go on training. It replaces the other `lora_*` keys."""
+
+    resize_vocab: bool = False
+    """Gives the model the embeddings that it lacks where its tokenizer has more ids: tokens were added to it."""
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, and not all weights."""
+        return bool(self.lora_target or self.adapter_name_or_path)
+
 
 @dataclass(kw_only=True)
 class TrainingArguments:
@@ -117,6 +128,12 @@ class TrainingArguments:
 
     adam_epsilon: PositiveFloat = 1e-8
     """AdamW: term that keeps the divisor above zero. Ours."""
+
+    label_smoothing_factor: ShareBelowOne = 0.0
+    """Share of each target that is spread over the whole vocabulary. The validation loss is without."""
+
+    neftune_noise_alpha: FloatOrZero = 0.0
+    """NEFTune: strength of the noise on the embeddings of training samples. 0: none."""
 
     data_seed: int | None = None
     """Seed of the sample order. `null` takes `seed`."""
@@ -197,7 +214,14 @@ class ValidationConfig:
     """Validation data. There is no validation role: the training workers validate."""
 
     data_args: DataArguments = field(default_factory=DataArguments)
-    """Only `file_name` counts; template and threads are those of training."""
+    """Only `file_name` counts; template and threads are those of training. In a list, each entry is a source, with a
+    validation loss of its own: `val_loss/<file name without its endings>`."""
+
+    num_generations: CountOrZero = 0
+    """Prompts of the validation data that the model answers at each validation, for you to read. Ours."""
+
+    max_new_tokens: PositiveInt = 128
+    """Longest of these answers, in tokens. Ours."""
 
 
 @dataclass(kw_only=True)
@@ -226,11 +250,12 @@ class SFTConfig:
     logging_dir: str = "./output/logs"
     """Where logs, metrics and the resolved configuration go."""
 
-    track_with: Literal["tensorboard", "wandb", "stdout"] | None = "tensorboard"
+    track_with: Literal["tensorboard", "wandb", "swanlab", "mlflow", "stdout"] | None = "tensorboard"
     """Where metrics are sent besides `metrics.jsonl`."""
 
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the tracker, such as `log_dir` (TensorBoard) or `project` (Weights & Biases)."""
+    """Arguments of the tracker, such as `log_dir` (TensorBoard), `project` (Weights & Biases, SwanLab) or
+    `tracking_uri` (MLflow)."""
 
     num_gpus_per_node: CountOrZero | None = None
     """GPUs of each machine. 0: the ranks run on the CPU. `null`: what the machine has."""
@@ -261,6 +286,12 @@ class SFTConfig:
 
     eval_steps: CountOrZero = 10
     """Steps between validations. The end of the run always validates; 0 validates only there."""
+
+    early_stopping_patience: CountOrZero = 0
+    """Ends the run after so many validations in a row without a better `val_loss`. 0: never. Ours."""
+
+    early_stopping_threshold: FloatOrZero = 0.0
+    """By how much a `val_loss` must be lower than the lowest before to count as better. Ours."""
 
     resume_from_checkpoint: bool | str = False
     """`true`: the newest complete checkpoint under `output_dir`; a fresh start if there is none. A path: that one."""
@@ -354,6 +385,13 @@ class SFTConfig:
                 location="sft_train.data_args.file_name",
                 hint="name a JSONL or JSON file, a glob, or a list of them",
             )
+        if self.early_stopping_patience and self.validation_file_name is None:
+            raise ConfigError(
+                "early stopping needs validation data",
+                code="missing_key",
+                location="early_stopping_patience",
+                hint="name files in validation.data_args.file_name, or set it to 0",
+            )
         if train.world_size % self.model_parallel_size:
             raise ConfigError(
                 f"{train.world_size} ranks cannot be split into groups of {self.model_parallel_size}",
@@ -373,10 +411,25 @@ class SFTConfig:
         return (self.validation.data_args.file_name or None) if self.validation else None
 
     def data_files(self) -> dict[str, str | list[str]]:
-        """The files of each data set of the run as written: `train`, and `validation` where there is one."""
-        train_files, validation_files = self.sft_train.data_args.file_name, self.validation_file_name
+        """The files of each data set of the run as written: `train`, and those of `validation_sources`."""
+        train_files = self.sft_train.data_args.file_name
         assert train_files, "checked when the configuration was made"
-        return {"train": train_files} | ({"validation": validation_files} if validation_files else {})
+        return {"train": train_files, **self.validation_sources()}
+
+    def validation_sources(self) -> dict[str, str | list[str]]:
+        """The files of each source of validation data: `validation`, or `validation/<source>` where a list has several.
+
+        A source is called as its file, without the directory and the endings.
+        """
+        files = self.validation_file_name or []
+        if isinstance(files, str) or len(files) == 1:
+            return {"validation": files}
+        sources: dict[str, str | list[str]] = {}
+        for entry in files:
+            stem = re.sub(r"(\.(jsonl|json|gz|zst|parquet|csv))+$", "", entry.rstrip("/").rpartition("/")[2])
+            names = (f"validation/{stem}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
+            sources[next(name for name in names if name not in sources)] = entry
+        return sources
 
     def preprocess_options(self) -> dict[str, Any]:
         """The keyword arguments of `sft_fast.preprocess` and `ensure_dataset` that decide what the samples are."""

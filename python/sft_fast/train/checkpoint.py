@@ -62,6 +62,7 @@ class TrainState:
     saved_at: float  # seconds since 1970
     val_loss: float | None = None  # of the validation after this very step, where there was one
     num_skipped_steps: int = 0  # steps so far whose loss or gradient was not finite
+    num_evals_without_gain: int = 0  # validations since one that was better by more than the threshold
 
     # Which samples each step has, and what the saved weights are, is decided by these: a run may not change them on the
     # way. Beside each: the keys that set it.
@@ -74,7 +75,7 @@ class TrainState:
         "num_rows_per_step": "per_device_train_batch_size x gradient_accumulation_steps x data-parallel ranks",
         "dtype": "sft_train.model_args.dtype",
         "zero_stage": "sft_train.strategy_args.strategy_config.zero_optimization.stage",
-        "adapters": "sft_train.model_args.lora_target, lora_rank, additional_target",
+        "adapters": "sft_train.model_args.lora_target, lora_rank, additional_target, adapter_name_or_path",
     }
 
     @property
@@ -85,7 +86,8 @@ class TrainState:
     @property
     def adapters(self) -> list[Any]:
         """Which adapters there are, and of which shape."""
-        return [self.model_args.get(name) for name in ("lora_target", "lora_rank", "additional_target")]
+        names = ("lora_target", "lora_rank", "additional_target", "adapter_name_or_path")
+        return [self.model_args.get(name) for name in names]
 
 
 @dataclass(frozen=True)

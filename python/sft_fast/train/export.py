@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sft_fast.config import ModelArguments
-from sft_fast.errors import FileError, TrainError
+from sft_fast.errors import ConfigError, FileError, TrainError
 from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, Checkpoint, read_checkpoint
 from sft_fast.train.model import DTYPES, load_config, load_model
 
@@ -76,8 +76,8 @@ def write_model(
         )
     dtype = DTYPES[arguments.dtype]
     weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    if arguments.lora_target:
-        model = _merged(weights, arguments, pretrain)
+    if arguments.has_adapters:
+        model = _with_adapters(weights, arguments, pretrain, config).merge_and_unload()
         weights = dict(model.state_dict())
     else:
         with torch.device("meta"):
@@ -99,22 +99,50 @@ def write_model(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def export_checkpoint(checkpoint: str, output_dir: str) -> None:
+def export_checkpoint(checkpoint: str, output_dir: str, *, adapters_only: bool = False) -> None:
     """Writes the model of a checkpoint as an ordinary model directory.
 
     Args:
         checkpoint: a directory `checkpoint-<step>` (or the cluster's directory in it).
         output_dir: where the model goes.
+        adapters_only: writes PEFT's files of the adapters instead of a model that they are merged into.
 
     Raises:
-        ConfigError: it is no complete checkpoint.
+        ConfigError: it is no complete checkpoint, or has no adapters where only those are asked for.
         FileError: `output_dir` holds something that is no model.
     """
     found = read_checkpoint(checkpoint)
     arguments = ModelArguments(**found.state.model_args)
     files = str(found.path / MODEL_DIRECTORY)
     weights = {name.removeprefix("model."): tensor for name, tensor in _read_weights(found).items()}
-    write_model(weights, arguments, load_config(files), found.state.pretrain, files, output_dir)
+    if adapters_only:
+        _write_adapters(weights, arguments, load_config(files), found, output_dir)
+    else:
+        write_model(weights, arguments, load_config(files), found.state.pretrain, files, output_dir)
+
+
+def _write_adapters(
+    weights: Mapping[str, torch.Tensor],
+    arguments: ModelArguments,
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    output_dir: str,
+) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT and `adapter_name_or_path` read them."""
+    if not arguments.has_adapters:
+        raise ConfigError("this checkpoint has no adapters", path=str(checkpoint.path), code="checkpoint")
+    target = Path(output_dir)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise FileError("expected a new or empty directory", path=output_dir)
+    model = _with_adapters(weights, arguments, checkpoint.state.pretrain, config)
+    staging = target.with_name(f"{target.name}.staging-{uuid.uuid4().hex[:8]}")
+    try:
+        model.save_pretrained(staging)
+        if target.is_dir():
+            target.rmdir()
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
@@ -130,16 +158,20 @@ def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it shows every file
         gathered: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.path), tag=CLUSTER_NAME, exclude_frozen_parameters=bool(checkpoint.state.adapters[0])
+            str(checkpoint.path),
+            tag=CLUSTER_NAME,
+            exclude_frozen_parameters=ModelArguments(**checkpoint.state.model_args).has_adapters,
         )
     return gathered
 
 
-def _merged(weights: Mapping[str, torch.Tensor], arguments: ModelArguments, pretrain: str) -> Any:
-    """The model of `pretrain` with the adapters among `weights` added in."""
-    model: Any = load_model(pretrain, arguments)
+def _with_adapters(
+    weights: Mapping[str, torch.Tensor], arguments: ModelArguments, pretrain: str, config: PretrainedConfig
+) -> Any:
+    """The model of `pretrain` with the adapters among `weights`, in PEFT's wrapper."""
+    model: Any = load_model(pretrain, arguments, vocab_size=config.vocab_size)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained <= set(weights):
         raise TrainError(f"the checkpoint lacks adapters, such as {min(trained - set(weights))}", code="checkpoint")
     model.load_state_dict(dict(weights), strict=False)
-    return model.merge_and_unload()
+    return model

@@ -16,12 +16,13 @@ from sft_fast.console import seconds
 from sft_fast.errors import TrainError
 from sft_fast.train.checkpoint import TrainState, commit, naming_a_full_disk, remove_old, staging_directory
 from sft_fast.train.cluster import Call, Ranks
-from sft_fast.train.metrics import MetricsFile, StepMetrics
+from sft_fast.train.metrics import StepFile, StepMetrics
 from sft_fast.train.progress import RunProgress
 from sft_fast.train.tracking import Tracker
 
 if TYPE_CHECKING:
     from sft_fast.config import SFTConfig
+    from sft_fast.train.generate import Generation
     from sft_fast.train.worker import TrainStepReport, ValStepReport
 
 # Steps that are left out one after the other (`on_non_finite: skip`) before the run is given up.
@@ -32,7 +33,8 @@ MAX_SKIPPED_IN_A_ROW = 10
 class Outputs:
     """Where a run shows what it does."""
 
-    metrics: MetricsFile
+    metrics: StepFile
+    generations: StepFile | None  # where there are any
     tracker: Tracker
     progress: RunProgress
 
@@ -76,33 +78,48 @@ class TrainLoop:
         self._num_steps, self._has_validation = num_steps, has_validation
         self._stop_signal = stop_signal
         self._num_skipped_in_a_row = 0
+        self._saved_step = state.step
 
     def run(self) -> None:
-        """Trains to the last step, or until a signal asks to end.
+        """Trains to the last step, or until the validation loss no longer falls, or until a signal asks to end.
 
         Raises:
             TrainError: a signal ended the run (`stopped`), after a checkpoint; or a rank failed.
         """
         under_way: _StepCalls | None = None
         for step in range(self.state.step + 1, self._num_steps + 1):
-            if self._stop_signal() is not None:
+            if self._stop_signal() is not None or self._is_no_longer_better():
                 break
             calls = self._submit(step)
             if under_way is not None:
                 self._finish(under_way)
             under_way = calls
+            if calls.validate is not None and self._config.early_stopping_patience:
+                self._finish(calls)  # only now is it known whether there is another step
+                under_way = None
         signal_name = self._stop_signal()
         if under_way is not None:
-            if under_way.checkpoint is None:
-                under_way = self._with_checkpoint(under_way)
             self._finish(under_way)
-        if signal_name is not None and self.state.step < self._num_steps:
+        if self._saved_step < self.state.step:
+            self._commit(self.state.step, *self._submit_checkpoint(self.state.step))
+        if self.state.step == self._num_steps:
+            return
+        if signal_name is None:
+            self._outputs.progress.note(
+                f"stopped early after step {self.state.step} of {self._num_steps}: {self.state.num_evals_without_gain} "
+                "validations without a lower loss"
+            )
+        else:
             raise TrainError(
                 f"stopped by {signal_name} after step {self.state.step} of {self._num_steps}"
-                + ("; its checkpoint is complete" if under_way is not None else ""),
+                + ("; its checkpoint is complete" if self._saved_step else ""),
                 code="stopped",
                 hint="resume_from_checkpoint=true goes on from there",
             )
+
+    def _is_no_longer_better(self) -> bool:
+        patience = self._config.early_stopping_patience
+        return 0 < patience <= self.state.num_evals_without_gain
 
     def _submit(self, step: int) -> _StepCalls:
         """Gives the ranks the work of a step, from 1, and what is due after it."""
@@ -111,35 +128,43 @@ class TrainLoop:
         validate = None
         if self._has_validation and _is_due(step, config.eval_steps, is_last):
             validate = self._cluster.submit("val_step")
-        calls = _StepCalls(step, train, validate, None, None)
-        return self._with_checkpoint(calls) if _is_due(step, config.save_steps, is_last) else calls
+        is_saved = _is_due(step, config.save_steps, is_last)
+        checkpoint, staging = self._submit_checkpoint(step) if is_saved else (None, None)
+        return _StepCalls(step, train, validate, checkpoint, staging)
 
-    def _with_checkpoint(self, calls: _StepCalls) -> _StepCalls:
-        """The same work, and a checkpoint after it."""
-        staging = staging_directory(self._config.output_dir, calls.step)
-        return replace(calls, checkpoint=self._cluster.submit("do_checkpoint", str(staging)), staging=staging)
+    def _submit_checkpoint(self, step: int) -> tuple[Call, Path]:
+        staging = staging_directory(self._config.output_dir, step)
+        return self._cluster.submit("do_checkpoint", str(staging)), staging
+
+    def _commit(self, step: int, written: Call, staging: Path) -> None:
+        """Makes what the ranks have written a checkpoint of the state as it is."""
+        took = max(written.result())
+        with naming_a_full_disk(staging):
+            saved = commit(staging, replace(self.state, saved_at=time.time()))
+        self._saved_step = step
+        self._outputs.progress.note(f"checkpoint {saved.path}, written in {seconds(took)}")
+        remove_old(self._config.output_dir, self.state.run_id, self._config.max_ckpt_to_keep)
 
     def _finish(self, calls: _StepCalls) -> None:
         """Waits for the work of a step, records it, and makes its checkpoint one."""
         config, outputs = self._config, self._outputs
         trained = calls.train.result()
-        val_loss = None if calls.validate is None else _val_loss(calls.validate.result())
+        validated = [] if calls.validate is None else calls.validate.result()
         self._count_skipped(trained[0])
-        best = min((loss for loss in (self.state.best_val_loss, val_loss) if loss is not None), default=None)
-        self.state = replace(self.state, step=calls.step, val_loss=val_loss, best_val_loss=best)
+        step = self._metrics(trained, validated)
+        self.state = _with_validation(
+            replace(self.state, step=calls.step), step.val_loss, config.early_stopping_threshold
+        )
 
-        step = self._metrics(trained, val_loss)
-        is_logged = step.step % config.logging_steps == 0 or val_loss is not None or calls.checkpoint is not None
+        is_logged = calls.step % config.logging_steps == 0 or bool(validated) or calls.checkpoint is not None
         if is_logged:
-            outputs.metrics.write(step)
-            outputs.tracker.log({name: v for name, v in step.values().items() if name != "step"}, step.step)
+            outputs.metrics.write(step.values())
+            outputs.tracker.log({name: v for name, v in step.values().items() if name != "step"}, calls.step)
+        if validated:
+            self._show_generations(validated[0].generations)
         outputs.progress.step(step, is_logged)
         if calls.checkpoint is not None and calls.staging is not None:
-            took = max(calls.checkpoint.result())
-            with naming_a_full_disk(calls.staging):
-                saved = commit(calls.staging, replace(self.state, saved_at=time.time()))
-            outputs.progress.note(f"checkpoint {saved.path}, written in {seconds(took)}")
-            remove_old(config.output_dir, self.state.run_id, config.max_ckpt_to_keep)
+            self._commit(calls.step, calls.checkpoint, calls.staging)
 
     def _count_skipped(self, report: TrainStepReport) -> None:
         """Says that a step has changed nothing, and gives up where that goes on."""
@@ -160,8 +185,18 @@ class TrainLoop:
                 hint="lower the learning rate or warm up longer; resume from a checkpoint before them",
             )
 
-    def _metrics(self, reports: list[TrainStepReport], val_loss: float | None) -> StepMetrics:
+    def _show_generations(self, generations: list[Generation]) -> None:
+        step, outputs = self.state.step, self._outputs
+        for generation in generations:
+            if outputs.generations is not None:
+                outputs.generations.write({"step": step, **generation.values()})
+        if generations:
+            texts = [f"{one.prompt}\n=> {one.generated}" for one in generations]
+            outputs.tracker.log_text("generations", "\n\n----\n\n".join(texts), step)
+
+    def _metrics(self, reports: list[TrainStepReport], validated: list[ValStepReport]) -> StepMetrics:
         """What the reports of all ranks say together."""
+        val_losses = _val_losses(validated)
         first = reports[0]
         slowest = max(report.step_seconds for report in reports)
         # Ranks that share one model have the same part of the loss: it counts once.
@@ -170,7 +205,8 @@ class TrainLoop:
             step=first.step,
             epoch=first.epoch,
             loss=loss,
-            val_loss=val_loss,
+            val_loss=val_losses.pop("val_loss", None),
+            val_loss_by_source=val_losses,
             learning_rate=first.learning_rate,
             grad_norm=first.grad_norm,
             num_skipped_steps=self.state.num_skipped_steps,
@@ -186,6 +222,30 @@ def _is_due(step: int, every: int, is_last: bool) -> bool:
     return is_last or (every > 0 and step % every == 0)
 
 
-def _val_loss(reports: list[ValStepReport]) -> float:
-    """Mean over the label tokens of the whole validation data."""
-    return sum(report.loss_sum for report in reports) / max(1, sum(report.num_label_tokens for report in reports))
+def _val_losses(reports: list[ValStepReport]) -> dict[str, float]:
+    """Means over the label tokens: `val_loss` of all, and `val_loss/<source>` of each of several sources."""
+    if not reports:
+        return {}
+    sources = reports[0].loss_sums
+    sums = {source: sum(report.loss_sums[source] for report in reports) for source in sources}
+    counts = {source: sum(report.num_label_tokens[source] for report in reports) for source in sources}
+    losses = {"val_loss": sum(sums.values()) / max(1, sum(counts.values()))}
+    if len(sources) > 1:
+        losses |= {
+            source.replace("validation", "val_loss", 1): sums[source] / max(1, counts[source]) for source in sources
+        }
+    return losses
+
+
+def _with_validation(state: TrainState, val_loss: float | None, threshold: float) -> TrainState:
+    """The state after a step, with its validation loss if there was a validation."""
+    if val_loss is None:
+        return replace(state, val_loss=None)
+    best = state.best_val_loss
+    has_gained = best is None or val_loss < best - threshold
+    return replace(
+        state,
+        val_loss=val_loss,
+        best_val_loss=val_loss if best is None else min(best, val_loss),
+        num_evals_without_gain=0 if has_gained else state.num_evals_without_gain + 1,
+    )

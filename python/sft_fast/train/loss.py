@@ -32,6 +32,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         scale: float,
         softcap: float | None,
+        label_smoothing: float,
         factor: float,
         chunk_rows: int,
     ) -> torch.Tensor:
@@ -54,14 +55,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 logits = torch.tanh_(logits.div_(softcap)).mul_(softcap)
             log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += (log_total - logits.gather(1, target)).sum()
+            loss += log_total.sum() - (1 - label_smoothing) * logits.gather(1, target).sum()
+            if label_smoothing:
+                loss -= label_smoothing * logits.mean(dim=-1).sum()
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
 
-            # d loss / d logits = softmax - one-hot, then back through the softcap and the scale.
+            # d loss / d logits = softmax - target distribution, then back through the softcap and the scale.
             slope = 1 - (logits / softcap).square_() if softcap is not None else None
             grad = logits.sub_(log_total).exp_()
-            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
+            grad.scatter_add_(1, target, grad.new_full((), label_smoothing - 1.0).expand(target.shape))
+            if label_smoothing:
+                grad -= label_smoothing / logits.shape[-1]
             if slope is not None:
                 grad *= slope
             # The factor goes in while the gradient is float32: it is no round number in bfloat16.
@@ -89,7 +94,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = (
             None if grad is None else (grad.float() * factor).to(ctx.weight_dtype) for grad in grads
         )
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def cross_entropy_sum(
@@ -100,6 +105,7 @@ def cross_entropy_sum(
     bias: torch.Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
     factor: float = 1.0,
     chunk_rows: int | None = None,
 ) -> torch.Tensor:
@@ -112,6 +118,7 @@ def cross_entropy_sum(
         bias: float `[vocab_size]`, or None.
         scale: factor of the logits.
         softcap: logits become `softcap * tanh(logits / softcap)`; None for none.
+        label_smoothing: share of the target that is spread evenly over the vocabulary, as in torch's cross-entropy.
         factor: factor of the loss.
         chunk_rows: positions whose logits exist at one time; None chooses by the vocabulary and the device.
 
@@ -124,7 +131,9 @@ def cross_entropy_sum(
     # Without gradients autograd still asks for them by the inputs' flags: detached inputs say what is meant.
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, factor, chunk_rows)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(
+        hidden, weight, bias, targets, scale, softcap, label_smoothing, factor, chunk_rows
+    )
     return loss
 
 
@@ -135,12 +144,23 @@ def attach_loss(head: nn.Linear, *, scale: float = 1.0, softcap: float | None = 
     """
 
     def forward(
-        self: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor | None = None, factor: float = 1.0
+        self: nn.Linear,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        factor: float = 1.0,
+        label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
         return cross_entropy_sum(
-            hidden, self.weight, targets, bias=self.bias, scale=scale, softcap=softcap, factor=factor
+            hidden,
+            self.weight,
+            targets,
+            bias=self.bias,
+            scale=scale,
+            softcap=softcap,
+            label_smoothing=label_smoothing,
+            factor=factor,
         )
 
     head.forward = types.MethodType(forward, head)  # type: ignore[method-assign]

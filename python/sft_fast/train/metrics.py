@@ -1,4 +1,4 @@
-"""The metrics of a run as a file: `metrics.jsonl`, one JSON object a logged step. Readable while the run goes on."""
+"""The metrics of a run, and files of them: one JSON object a line, readable while the run goes on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class StepMetrics:
     step: int  # steps done with this one
     epoch: float  # epochs done with this step
     loss: float  # mean over the label tokens of the global batch
-    val_loss: float | None  # mean over the label tokens of the validation data, after this step
+    val_loss: float | None  # mean over the label tokens of all validation data, after this step
+    val_loss_by_source: dict[str, float]  # the same for each source, by `val_loss/<source>`, where there are several
     learning_rate: float
     grad_norm: float  # before clipping
     num_skipped_steps: int  # of the run so far: their loss or gradient was not finite, and they changed nothing
@@ -30,11 +31,13 @@ class StepMetrics:
 
     def values(self) -> dict[str, Any]:
         """Names and values; `val_loss` only where there was a validation, no value that is not finite."""
-        return {name: value for name, value in asdict(self).items() if value is not None and math.isfinite(value)}
+        values = asdict(self)
+        values |= values.pop("val_loss_by_source")
+        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
-class MetricsFile:
-    """Appends steps to a file and keeps them in order through resumptions."""
+class StepFile:
+    """Appends lines to a file, each of which has a `step`, and keeps them in order through resumptions."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         """Opens the file.
@@ -53,9 +56,9 @@ class MetricsFile:
                 _keep_until(path, resumed_step)
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, values: dict[str, Any]) -> None:
         """Adds a line."""
-        self._file.write(json.dumps(metrics.values()) + "\n")
+        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

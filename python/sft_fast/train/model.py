@@ -31,10 +31,17 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 class SFTModel(nn.Module):
     """A causal language model whose forward is the training loss of one micro-batch."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Wraps `model` (a transformers model, or the same inside PEFT's wrapper) and teaches its head the loss."""
+    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0, neftune_alpha: float = 0.0) -> None:
+        """Wraps `model` (a transformers model, or the same inside PEFT's wrapper) and teaches its head the loss.
+
+        Args:
+            model: the model.
+            label_smoothing: of the loss in training; validation is without.
+            neftune_alpha: how much noise the embeddings get in training; see `neftune_noise`.
+        """
         super().__init__()
         self.model = model
+        self._label_smoothing, self._neftune_alpha = label_smoothing, neftune_alpha
         hf = self.hf_model
         scale, softcap = head_transform(hf.config)
         attach_loss(_head(hf), scale=scale, softcap=softcap)
@@ -58,8 +65,12 @@ class SFTModel(nn.Module):
     ) -> torch.Tensor:
         """float32 scalar: `factor` times the summed cross-entropy of the label tokens (see `MicroBatch`)."""
         hf = self.hf_model
+        tokens = {"input_ids": input_ids}
+        if self.training and self._neftune_alpha:
+            embedded = hf.get_input_embeddings()(input_ids)
+            tokens = {"inputs_embeds": embedded + neftune_noise(embedded, segment_lengths, self._neftune_alpha)}
         hidden = hf.base_model(
-            input_ids=input_ids,
+            **tokens,
             position_ids=position_ids,
             attention_mask=None,
             use_cache=False,
@@ -70,8 +81,25 @@ class SFTModel(nn.Module):
         # Only positions with a label go through the head, which costs as much as several layers. An empty selection
         # still makes a graph, so that a rank without labels takes part in the backward pass.
         selected = hidden[0].index_select(0, label_positions)
-        loss: torch.Tensor = _head(hf)(selected, targets=targets, factor=factor)
+        smoothing = self._label_smoothing if self.training else 0.0
+        loss: torch.Tensor = _head(hf)(selected, targets=targets, factor=factor, label_smoothing=smoothing)
         return loss
+
+
+def neftune_noise(embedded: torch.Tensor, segment_lengths: tuple[int, ...], alpha: float) -> torch.Tensor:
+    """Noise for the embeddings of one row of samples: uniform within `alpha / sqrt(length * hidden_size)` of zero.
+
+    The length is that of each token's own sample, as if it were alone (Jain et al., arXiv 2310.05914).
+
+    Args:
+        embedded: float `[1, T, hidden_size]`.
+        segment_lengths: tokens of each sample; they add up to `T`.
+        alpha: strength.
+    """
+    lengths = torch.tensor(segment_lengths, dtype=torch.float32)
+    reach = (alpha / (lengths * embedded.shape[-1]).sqrt()).repeat_interleave(torch.tensor(segment_lengths))
+    noise = torch.zeros_like(embedded).uniform_(-1, 1)
+    return noise * reach.to(device=embedded.device, dtype=embedded.dtype)[None, :, None]
 
 
 def _head(hf: Any) -> nn.Linear:
@@ -134,13 +162,14 @@ def load_config(path: str, overrides: dict[str, Any] | None = None) -> Any:
     return config
 
 
-def load_model(path: str, model_args: Any, *, seed: int = 0) -> nn.Module:
+def load_model(path: str, model_args: Any, *, seed: int = 0, vocab_size: int = 0) -> nn.Module:
     """The model of a directory, ready to be wrapped by `SFTModel`: dtype, attention, adapters, checkpointing.
 
     Args:
         path: the model directory.
         model_args: the `model_args` part of the configuration.
-        seed: decides the initial values of adapters.
+        seed: decides the initial values of adapters and of new embeddings.
+        vocab_size: ids that the model must have embeddings for; with `resize_vocab` it is given what it lacks.
 
     Raises:
         ConfigError: no such directory, no weights, an attention kernel that this machine lacks, or adapter targets
@@ -151,7 +180,7 @@ def load_model(path: str, model_args: Any, *, seed: int = 0) -> nn.Module:
     transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=DTYPES[model_args.dtype],
@@ -160,12 +189,16 @@ def load_model(path: str, model_args: Any, *, seed: int = 0) -> nn.Module:
         )
     except Exception as error:
         raise ConfigError(f"cannot load the model: {_first_line(error)}", path=str(path), code="model") from error
-    if model_args.lora_target:
+    if model_args.resize_vocab and vocab_size > int(model.get_input_embeddings().num_embeddings):
+        # New rows are drawn around the mean of the others.
+        model.resize_token_embeddings(vocab_size)
+    if model_args.has_adapters:
         model = _add_lora(model, model_args)
     _freeze(model, model_args.freeze_module_prefix or [])
     if not model_args.disable_gradient_checkpointing:
         _checkpoint_layers(model)
-    return model
+    loaded: nn.Module = model
+    return loaded
 
 
 def _checkpoint_layers(model: Any) -> None:
@@ -182,15 +215,33 @@ def _checkpoint_layers(model: Any) -> None:
 
 
 def _add_lora(model: nn.Module, model_args: Any) -> nn.Module:
-    """Adapters on the layers that `lora_target` names: a list, a regular expression or `all-linear`."""
+    """Adapters: those of the directory `adapter_name_or_path`, or new ones on the layers that `lora_target` names.
+
+    They have the dtype of the model: the optimizer keeps the float32 masters.
+    """
     try:
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import LoraConfig, PeftModel, TaskType, get_peft_model
     except ImportError as error:
         raise ConfigError(
             "LoRA needs the package peft, which is not installed",
             location="sft_train.model_args.lora_target",
             hint="pip install peft",
         ) from error
+    path = model_args.adapter_name_or_path
+    if path is not None:
+        try:
+            loaded: nn.Module = PeftModel.from_pretrained(
+                model, path, is_trainable=True, autocast_adapter_dtype=False, local_files_only=True
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"cannot load the adapters: {_first_line(error)}",
+                path=path,
+                code="model",
+                location="sft_train.model_args.adapter_name_or_path",
+                hint="it is a directory with adapter_config.json and adapter_model.safetensors, made for this model",
+            ) from error
+        return loaded
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         target_modules=model_args.lora_target,
@@ -200,7 +251,6 @@ def _add_lora(model: nn.Module, model_args: Any) -> nn.Module:
         modules_to_save=model_args.additional_target,
     )
     try:
-        # Adapters in the dtype of the model: the optimizer keeps the float32 masters.
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ConfigError(_first_line(error), location="sft_train.model_args.lora_target") from error
@@ -240,7 +290,7 @@ def check_model(model: SFTModel, device: torch.device) -> None:
                 label_positions=label_positions,
                 targets=ids[0, label_positions + 1],
             )
-            with _eager_attention(hf):
+            with plain_attention(hf):
                 alone = ids.new_zeros((), dtype=torch.float32)
                 for sample in torch.split(ids, list(lengths), dim=1):
                     logits = hf(input_ids=sample, use_cache=False).logits[0, :-1].float()
@@ -266,7 +316,7 @@ def _unsupported(hf: Any, reason: str) -> ConfigError:
 
 
 @contextlib.contextmanager
-def _eager_attention(hf: Any) -> Iterator[None]:
+def plain_attention(hf: Any) -> Iterator[None]:
     """The model with transformers' plain attention, which every model has, for the time of a `with` block."""
     hf.set_attn_implementation("eager")
     try:

@@ -35,7 +35,7 @@ from sft_fast.train.checkpoint import (
 )
 from sft_fast.train.cluster import Cluster, LocalCluster, Ranks, may_be_mended
 from sft_fast.train.loop import Outputs, TrainLoop
-from sft_fast.train.metrics import MetricsFile
+from sft_fast.train.metrics import StepFile
 from sft_fast.train.plan import BatchArithmetic, train_stream, validation_stream
 from sft_fast.train.progress import RunProgress, logger, open_log_file
 from sft_fast.train.strategy import check_strategy_name
@@ -53,7 +53,7 @@ class _Data:
 
     num_steps: int  # of the whole run
     train_path: str
-    val_path: str | None  # None where there is no validation
+    val_paths: dict[str, str]  # by source; empty where there is no validation
 
 
 class SFTPipeline:
@@ -87,10 +87,10 @@ class SFTPipeline:
         config = self._config
         reports = self._ensure_datasets()
         stream = train_stream(config, Dataset(reports["train"].path))
-        val_path = reports["validation"].path if "validation" in reports else None
-        if val_path is not None:
-            validation_stream(config, Dataset(val_path))  # whatever is wrong with it shows before training
-        data = _Data(stream.num_steps, reports["train"].path, val_path)
+        val_paths = {source: reports[source].path for source in config.validation_sources()}
+        for path in val_paths.values():
+            validation_stream(config, Dataset(path))  # whatever is wrong with it shows before training
+        data = _Data(stream.num_steps, reports["train"].path, val_paths)
         stdout_console().print(two_columns("batch", BatchArithmetic.of(config, stream).rows()))
 
         clean_up(config.output_dir)
@@ -121,13 +121,17 @@ class SFTPipeline:
         for num_restarts_left in range(config.max_restarts, -1, -1):
             state = initial if resumed is None else _state_after(resumed, initial)
             with contextlib.ExitStack() as stack:
-                metrics = MetricsFile(self._run_directory / "metrics.jsonl", state.step)
+                metrics = StepFile(self._run_directory / "metrics.jsonl", state.step)
                 stack.callback(metrics.close)
+                generations = None
+                if config.validation is not None and config.validation.num_generations:
+                    generations = StepFile(self._run_directory / "generations.jsonl", state.step)
+                    stack.callback(generations.close)
                 progress = RunProgress(data.num_steps, state.step)
                 stack.callback(progress.close)
                 self._last_step = state.step
                 try:
-                    self._train(data, resumed, state, Outputs(metrics, tracker, progress))
+                    self._train(data, resumed, state, Outputs(metrics, generations, tracker, progress))
                     return
                 except SftFastError as error:
                     # What fails before it has done a single step will fail again.
@@ -151,13 +155,13 @@ class SFTPipeline:
             cluster: Ranks = Cluster(config) if self._use_ray else LocalCluster(config)
             start = time.perf_counter()
             try:
-                cluster.initialize(config, data.train_path, data.val_path, checkpoint, is_universal)
+                cluster.initialize(config, data.train_path, data.val_paths, checkpoint, is_universal)
             except BaseException:
                 cluster.shutdown()
                 raise
         try:
             progress.note(f"ranks ready: {cluster.world_size}, after {seconds(time.perf_counter() - start)}")
-            has_validation = data.val_path is not None
+            has_validation = bool(data.val_paths)
             loop = TrainLoop(config, cluster, data.num_steps, has_validation, state, outputs, lambda: self._stop_signal)
             try:
                 with self._catching_signals():
@@ -264,6 +268,7 @@ def _state_after(resumed: Checkpoint, initial: TrainState) -> TrainState:
         run_id=done.run_id,
         best_val_loss=done.best_val_loss,
         num_skipped_steps=done.num_skipped_steps,
+        num_evals_without_gain=done.num_evals_without_gain,
     )
 
 

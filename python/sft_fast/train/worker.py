@@ -22,6 +22,7 @@ from sft_fast.stream import StepPlan, StepStream
 from sft_fast.train.batch import MicroBatch, make_micro_batch
 from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, naming_a_full_disk
 from sft_fast.train.export import save_model_files, write_model
+from sft_fast.train.generate import Generation, generate_answers
 from sft_fast.train.heartbeat import PULSE
 from sft_fast.train.model import SFTModel, check_model, load_model
 from sft_fast.train.optim import learning_rate_schedule
@@ -58,8 +59,9 @@ class TrainStepReport:
 class ValStepReport:
     """What a rank tells the driver of a validation."""
 
-    loss_sum: float  # over the label tokens of this rank
-    num_label_tokens: int  # of this rank
+    loss_sums: dict[str, float]  # over the label tokens of this rank, by source
+    num_label_tokens: dict[str, int]  # of this rank, by source
+    generations: list[Generation]  # of rank 0
     seconds: float
 
 
@@ -72,14 +74,14 @@ class SFTWorker:
     def __init__(self) -> None:
         self._prefetcher: _Batches | None = None
         self._next_step = -1
-        self._val_stream: StepStream | None = None
+        self._val_streams: dict[str, StepStream] = {}
 
     def initialize(
         self,
         config: SFTConfig,
         rank: RankInfo,
         train_path: str,
-        val_path: str | None = None,
+        val_paths: dict[str, str] | None = None,
         checkpoint: str | None = None,
         is_universal: bool = False,
     ) -> None:
@@ -89,7 +91,7 @@ class SFTWorker:
             config: the run.
             rank: which of the ranks this is.
             train_path: directory of the training data set.
-            val_path: directory of the validation data set, if there is one.
+            val_paths: directories of the validation data sets by the names of their sources, if there are any.
             checkpoint: directory of a complete checkpoint.
             is_universal: whether it was converted for another number of ranks.
 
@@ -100,7 +102,7 @@ class SFTWorker:
         self.close()
         self._config, self._rank = config, rank
         self._stream = train_stream(config, Dataset(train_path))
-        self._val_stream = None if val_path is None else validation_stream(config, Dataset(val_path))
+        self._val_streams = {name: validation_stream(config, Dataset(path)) for name, path in (val_paths or {}).items()}
         arguments = config.sft_train.training_args
         self._learning_rate = learning_rate_schedule(arguments, self._stream.num_steps)
         self._strategy = create_strategy(config, rank)
@@ -111,7 +113,16 @@ class SFTWorker:
 
     def _load_model(self) -> SFTModel:
         config = self._config
-        model = SFTModel(load_model(config.pretrain, config.sft_train.model_args, seed=config.seed))
+        arguments = config.sft_train.training_args
+        loaded = load_model(
+            config.pretrain,
+            config.sft_train.model_args,
+            seed=config.seed,
+            vocab_size=self._stream.dataset.vocab_size,
+        )
+        model = SFTModel(
+            loaded, label_smoothing=arguments.label_smoothing_factor, neftune_alpha=arguments.neftune_noise_alpha
+        )
         vocab_size = int(model.hf_model.get_input_embeddings().num_embeddings)
         if self._stream.dataset.vocab_size > vocab_size:
             raise ConfigError(
@@ -119,7 +130,8 @@ class SFTWorker:
                 f"{vocab_size}",
                 path=config.pretrain,
                 code="vocabulary",
-                hint="the tokenizer belongs to another model",
+                hint="the tokenizer belongs to another model; or tokens were added to it: then set "
+                "sft_train.model_args.resize_vocab=true",
             )
         return model
 
@@ -155,11 +167,23 @@ class SFTWorker:
         )
 
     def val_step(self) -> ValStepReport:
-        """Runs the whole validation data set once."""
-        assert self._val_stream is not None, "there is validation data"
+        """Runs all validation data once, source by source, and answers the prompts that are asked for."""
         start = time.perf_counter()
+        loss_sums: dict[str, float] = {}
+        num_label_tokens: dict[str, int] = {}
+        for name, stream in self._val_streams.items():
+            loss_sums[name], num_label_tokens[name] = self._validate(stream)
+        return ValStepReport(
+            loss_sums=loss_sums,
+            num_label_tokens=num_label_tokens,
+            generations=self._generate(),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _validate(self, stream: StepStream) -> tuple[float, int]:
+        """Sum of the losses of this rank's share, and its label tokens."""
         rows = self._config.sft_train.infer_batch_size
-        batches = Prefetcher(self._read(self._val_stream, 0, rows), _PREFETCH_DEPTH)
+        batches = Prefetcher(self._read(stream, 0, rows), _PREFETCH_DEPTH)
         loss_sum, num_label_tokens = 0.0, 0
         try:
             for index, (_, batch) in enumerate(batches):
@@ -168,7 +192,21 @@ class SFTWorker:
                 num_label_tokens += batch.num_label_tokens
         finally:
             batches.close()
-        return ValStepReport(loss_sum=loss_sum, num_label_tokens=num_label_tokens, seconds=time.perf_counter() - start)
+        return loss_sum, num_label_tokens
+
+    def _generate(self) -> list[Generation]:
+        validation = self._config.validation
+        if validation is None or not validation.num_generations:
+            return []
+        PULSE.advance("sample answers")
+        answers = generate_answers(
+            self._strategy.model.hf_model,
+            {name: stream.dataset for name, stream in self._val_streams.items()},
+            str(Path(self._config.pretrain, "tokenizer.json")),
+            validation.num_generations,
+            validation.max_new_tokens,
+        )
+        return answers if self._rank.rank == 0 else []
 
     def do_checkpoint(self, directory: str) -> float:
         """Writes this rank's part of a checkpoint into a staging directory (see `checkpoint.py`).
@@ -188,7 +226,7 @@ class SFTWorker:
         return time.perf_counter() - start
 
     def export(self, output_dir: str) -> None:
-        """Writes the model as it is now, as an ordinary model directory; see `export.py`."""
+        """Writes the model as it is now, as an ordinary model directory, adapters merged; see `export.py`."""
         weights = self._strategy.gather_weights()
         if weights is not None:
             pretrain, arguments = self._config.pretrain, self._config.sft_train.model_args

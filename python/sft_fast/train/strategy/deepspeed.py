@@ -168,7 +168,7 @@ class DeepSpeedStrategy(TrainStrategy):
     @property
     def _has_adapters(self) -> bool:
         """Whether only adapters are trained, so that a checkpoint need not hold the weights of `pretrain`."""
-        return bool(self._config.sft_train.model_args.lora_target)
+        return bool(self._config.sft_train.model_args.has_adapters)
 
     @property
     @override
