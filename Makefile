@@ -55,8 +55,9 @@ format: $(INSTALLED)  ## format everything and apply safe fixes
 	cargo fmt --all
 
 .PHONY: docs
-docs: $(INSTALLED)  ## write the generated parts of docs/
+docs: $(INSTALLED)  ## write the generated parts of docs/, and build the site into build/site
 	$(BIN)/python docs/generate_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: bench
 bench: $(INSTALLED)  ## measure beside what others use, and write docs/benchmarks.md; ARGS="--help" for more
