@@ -25,7 +25,7 @@ PYTHON_LAYERS = [
     {""},
     {"inspect"},
     {"train"},
-    {"check"},
+    {"check", "doctor"},
     {"cli"},
 ]
 # What takes seconds to load and is only for training.
@@ -41,7 +41,7 @@ RUST_LAYERS = [
     {"plan", "template", "sample", "manifest"},
     {"dataset"},
     {"model", "batch"},
-    {"sampler", "assemble"},
+    {"sampler", "assemble", "survey"},
     {"preprocess"},
 ]
 
@@ -127,7 +127,7 @@ def test_rust_modules_run_one_way(module: Path) -> None:
         "import sft_fast.config, sft_fast.inspect.terminal, sft_fast.check",
         *(
             f"import sft_fast.cli; sys.argv = ['sft-fast', {command!r}, '--help']; sft_fast.cli.main()"
-            for command in ("preprocess", "train", "validate", "inspect", "verify", "export", "cache")
+            for command in ("preprocess", "train", "validate", "inspect", "verify", "export", "cache", "doctor")
         ),
     ],
 )

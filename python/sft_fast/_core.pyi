@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ __all__ = [
     "Progress",
     "Steps",
     "__version__",
+    "cpu_features",
+    "engine_level",
     "preprocess",
     "total_steps",
 ]
@@ -119,6 +121,13 @@ class Dataset:
         self, start: int, end: int
     ) -> tuple[NDArray[np.uint32], NDArray[np.bool_], NDArray[np.uint32], NDArray[np.uint32]]: ...
     def lengths(self) -> NDArray[np.uint32]: ...
+    def survey(self) -> dict[str, NDArray[Any]]:
+        """One pass over all samples: arrays [num_samples] by name.
+
+        `num_label_tokens` and `num_label_runs` (tokens with a loss, runs of trained tokens), `files` and `lines`
+        (number of the file in the manifest, line from 1), all uint32; `ids_hashes` and `mask_hashes`, uint64, equal for
+        equal ids and masks.
+        """
     def manifest(self) -> str: ...
     def verify(self, progress: Callable[[int], object] | None) -> None: ...
     def pack(self, sequence_length: int, seed: int, epoch: int, packed: bool) -> Packing: ...
@@ -133,6 +142,8 @@ class Packing:
     def sequence_length(self) -> int: ...
     @property
     def is_packed(self) -> bool: ...
+    def row_lengths(self) -> NDArray[np.uint32]:
+        """Tokens of each row, uint32 [num_rows]."""
     def max_row_tokens(self, rows: Sequence[int]) -> int: ...
     def count_tokens(self, rows: Sequence[int]) -> tuple[int, int]: ...
     def batch(
@@ -157,5 +168,11 @@ class Steps:
     def rows(self, index: int) -> list[int]: ...
     def assign(self, index: int, rank: int, world_size: int, rows_per_micro_batch: int) -> list[list[int]]: ...
     def imbalance(self, world_size: int) -> tuple[float, float]: ...
+
+def cpu_features() -> list[tuple[str, bool]]:
+    """(name, whether the processor has it) of each instruction set that the engine knows to use."""
+
+def engine_level() -> str:
+    """The path that the tokenizer engine takes on this machine: `avx512`, `avx2`, `neon` or `plain`."""
 
 def total_steps(num_steps_per_epoch: int, num_epochs: float, max_steps: int | None = None) -> int: ...

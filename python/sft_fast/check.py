@@ -132,7 +132,7 @@ def _check_data(config: SFTConfig, name: str, paths: list[str], console: Console
             console.print(two_columns("template", _template_rows(config, dataset.manifest["template_verdict"])))
             console.print(two_columns("batch", _batch_rows(config, dataset if is_whole else None)))
         if num_samples and report.num_samples:
-            show_samples(dataset, console, num_samples=num_samples, renamed=heads)
+            show_samples(dataset, console, numbers=list(range(min(num_samples, len(dataset)))), renamed=heads)
 
 
 def _head(path: str, scratch: Path) -> str:

@@ -202,18 +202,64 @@ def inspect(
         list[str] | None,
         typer.Argument(metavar="DATASET", help="Data set on disk; with --config-name: KEY=VALUE overrides."),
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
-    first: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
+    sample: Annotated[
+        list[int] | None, typer.Option("--sample", "-s", min=0, help="This sample, from 0; again for more.")
+    ] = None,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first sample.")] = 0,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", "-n", min=1, help="How many samples, hits or differences.")
+    ] = 3,
+    pack: Annotated[int | None, typer.Option(min=0, help="This pack, from 0, with all its samples.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a pack; as preprocessed if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the packs: the data_seed of a run.")] = 42,
+    epoch: Annotated[int, typer.Option(min=0, help="Epoch of the packs, from 0.")] = 0,
+    source: Annotated[
+        str | None, typer.Option(metavar="FILE:LINE", help="What became of the record on a line.")
+    ] = None,
+    search: Annotated[str | None, typer.Option(metavar="TEXT", help="Find a text in all samples.")] = None,
+    diff: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="Compare with another data set of these records.")
+    ] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a page with statistics, plots and samples.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="One token a line, with its id.")] = False,
     tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Tokenizer, if it has moved.")] = None,
+    diff_tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Tokenizer of OTHER, if it has moved.")
+    ] = None,
+    as_json: AsJson = False,
     config_path: ConfigPath = ".",
     config_name: OptionalConfigName = None,
 ) -> None:
-    """Show samples: every token, with those that train in colour, and the line each sample comes from."""
-    import sft_fast
-    from sft_fast.inspect.terminal import show_samples
+    """Show what the model will read, token by token, with what it learns in colour, and where it comes from.
 
+    Example: sft-fast inspect out --search "As an AI"
+    """
+    import sft_fast
+    from sft_fast.inspect.command import Question, answer
+
+    question = Question(
+        sample=sample,
+        first=first,
+        num_samples=num_samples,
+        pack=pack,
+        sequence_length=sequence_length,
+        seed=seed,
+        epoch=epoch,
+        source=source,
+        search=search,
+        diff=diff,
+        html=html,
+        tokenizer=tokenizer,
+        diff_tokenizer=diff_tokenizer,
+        with_ids=ids,
+        as_json=as_json,
+    )
     dataset = sft_fast.Dataset(_dataset_path(arguments, config_path, config_name))
-    show_samples(dataset, console.stdout_console(), first=first, num_samples=num_samples, tokenizer=tokenizer)
+    answer(dataset, question, console.stdout_console())
 
 
 @app.command()
@@ -301,6 +347,29 @@ def export(
         raise _missing_package(error) from error
     export_checkpoint(checkpoint, output_dir, adapters_only=adapters_only)
     typer.echo(f"the {'adapters are' if adapters_only else 'model is'} in {output_dir}")
+
+
+@app.command()
+def doctor(
+    arguments: CacheDirectory = None,
+    for_training: Annotated[
+        bool, typer.Option("--train", help="Also fail where something is missing that training needs.")
+    ] = False,
+    as_json: AsJson = False,
+    config_path: ConfigPath = ".",
+    config_name: OptionalConfigName = None,
+) -> None:
+    """Say what this machine can do, what is missing, and how to install it. Status 1 where something does not work."""
+    from sft_fast.doctor import examine
+
+    checks = examine(_cache_path(arguments, config_path, config_name), for_training=for_training)
+    is_well = all(check.state != "problem" for check in checks)
+    if as_json:
+        typer.echo(json.dumps({"ok": is_well, "checks": [dataclasses.asdict(check) for check in checks]}))
+    else:
+        console.print_checks(checks)
+    if not is_well:
+        raise typer.Exit(1)
 
 
 def _load(config_path: str, config_name: str, overrides: Sequence[str] | None) -> SFTConfig:

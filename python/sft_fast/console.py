@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sft_fast._core import Progress as PreprocessState
     from sft_fast.cache import CacheContent, CachedDataset, PruneReport
     from sft_fast.data import Report
+    from sft_fast.doctor import Check
 
 # Seconds between two plain progress lines.
 PLAIN_INTERVAL_SECONDS = 5.0
@@ -232,6 +234,31 @@ def print_pruned(report: PruneReport) -> None:
     console.print(Text(f"{report.path}: {freed} {verb}, {kept} kept"), soft_wrap=True)
     for dataset in report.kept_in_use:
         print_note(f"{dataset.path} stays: a process makes or uses it")
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """What was found out about the machine, section by section; below each problem what to do about it."""
+    console = stdout_console()
+    marks = {
+        "ok": ("ok", "green"),
+        "note": ("note", "yellow"),
+        "missing": ("--", "dim"),
+        "problem": ("FAIL", "bold red"),
+    }
+    section, last_hint = "", None
+    for check in checks:
+        if check.section != section:
+            section = check.section
+            console.print(Text(section, style="bold"))
+        mark = marks[check.state]
+        line = Text.assemble("  ", (f"{mark[0]:4}", mark[1]), "  ", (f"{check.name:<20} ", "dim"), check.value)
+        console.print(line, soft_wrap=True)
+        if check.hint is not None and check.hint != last_hint:
+            console.print(Text(f"        {check.hint}", style="yellow"), soft_wrap=True)
+        last_hint = check.hint
+    num_problems = sum(check.state == "problem" for check in checks)
+    verdict = f"{num_problems} of these do not work" if num_problems else "what is needed is there"
+    console.print(Text(verdict, style="bold red" if num_problems else "bold"))
 
 
 def _dataset_line(dataset: CachedDataset, notes: list[str]) -> str:

@@ -24,6 +24,7 @@ pub mod sampler;
 pub mod shard;
 pub mod source;
 pub mod staging;
+pub mod survey;
 pub mod template;
 pub mod tokenize;
 

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use numpy::{PyArray1, ToPyArray};
 use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use sft_fast_core::dataset::Dataset as CoreDataset;
 use sft_fast_core::pack;
+use sft_fast_core::survey::survey;
 
 use crate::error::{detached, to_python};
 use crate::packing::{Packing, pack_error};
@@ -83,6 +85,19 @@ impl Dataset {
     /// Tokens of each sample, uint32 [num_samples].
     fn lengths<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u32>> {
         self.inner.lengths().to_pyarray(py)
+    }
+
+    /// See `sft_fast_core::survey::Survey`: six arrays [num_samples], by the names of its fields.
+    fn survey<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let survey = py.detach(|| survey(&self.inner));
+        let arrays = PyDict::new(py);
+        arrays.set_item("num_label_tokens", PyArray1::from_vec(py, survey.num_label_tokens))?;
+        arrays.set_item("num_label_runs", PyArray1::from_vec(py, survey.num_label_runs))?;
+        arrays.set_item("ids_hashes", PyArray1::from_vec(py, survey.ids_hashes))?;
+        arrays.set_item("mask_hashes", PyArray1::from_vec(py, survey.mask_hashes))?;
+        arrays.set_item("files", PyArray1::from_vec(py, survey.files))?;
+        arrays.set_item("lines", PyArray1::from_vec(py, survey.lines))?;
+        Ok(arrays)
     }
 
     /// The manifest as JSON.

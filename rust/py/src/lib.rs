@@ -1,6 +1,7 @@
 //! Python module `sft_fast._core`: registers what the other files define, nothing else.
 
 mod assemble;
+mod cpu;
 mod dataset;
 mod error;
 mod packing;
@@ -22,6 +23,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<template::ChatTemplate>()?;
     module.add_class::<preprocess::Progress>()?;
     module.add_function(wrap_pyfunction!(preprocess::preprocess, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu::cpu_features, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu::engine_level, module)?)?;
     module.add_function(wrap_pyfunction!(packing::total_steps, module)?)?;
     Ok(())
 }

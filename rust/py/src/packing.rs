@@ -94,6 +94,13 @@ impl Packing {
         self.is_packed
     }
 
+    /// Tokens of each row, uint32 [num_rows].
+    fn row_lengths<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u32>> {
+        let lengths = self.dataset.lengths();
+        let num_tokens = |row: &[u32]| row.iter().map(|&sample| lengths[sample as usize]).sum();
+        PyArray1::from_vec(py, py.detach(|| self.inner.iter().map(num_tokens).collect()))
+    }
+
     /// Tokens of the longest of `rows`.
     fn max_row_tokens(&self, rows: Vec<usize>) -> PyResult<usize> {
         Ok(self.samples(&rows)?.iter().map(|samples| self.num_tokens(samples)).max().unwrap_or(0))

@@ -34,6 +34,11 @@ use cache::{Cache, Found, Key, MAX_IDS};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// The instruction set that the engine works with on this machine: `avx512`, `avx2`, `neon` or `plain`.
+pub fn instruction_set() -> &'static str {
+    windows::Level::detect().name()
+}
+
 /// A byte-level BPE tokenizer.
 pub struct FastTokenizer {
     parts: load::Parts,

@@ -56,6 +56,19 @@ impl Level {
         *Self::all().first().expect("plain is always there")
     }
 
+    /// The instruction set, for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
+            Self::Plain => "plain",
+        }
+    }
+
     /// All that this CPU can do, the best first.
     pub fn all() -> Vec<Self> {
         let mut levels = Vec::new();
