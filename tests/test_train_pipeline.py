@@ -26,8 +26,13 @@ from sft_fast.train.plan import BatchArithmetic, train_stream
 from sft_fast.train.tracking import create_tracker
 from tests.train_helpers import Workspace, broken_workspace, dataset_of, plain_loop, write_records
 
+TRAINING_PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+
 # What differs between two runs that do the same.
-TIMES = {"step_seconds", "tokens_per_second", "data_wait_seconds"}
+TIMES = {
+    *("step_seconds", "data_wait_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"),
+    *("tokens_per_second", "tokens_per_second_per_device", "mfu", "imbalance", "peak_memory_bytes"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,12 @@ def metrics_of(config: SFTConfig) -> list[dict[str, Any]]:
     """The lines of the metrics file without what is never the same."""
     lines = (Path(config.logging_dir) / config.exp_name / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+
+
+def all_metrics_of(config: SFTConfig) -> list[dict[str, Any]]:
+    """The lines of the metrics file."""
+    lines = (Path(config.logging_dir) / config.exp_name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 class TrainStopper:
@@ -104,6 +115,46 @@ def test_a_run_leaves_what_it_promises(
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert f"step {num_steps}/{num_steps}" in (directory / "train.log").read_text()
     assert "2 packs a micro-batch x 2 micro-batches x 1 ranks = 4 packs" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_metric_is_in_the_table(workspace: Workspace, tmp_path: Path) -> None:
+    """The table in the documentation has the names that a run writes, and no others; MFU only where a peak is known."""
+    table = re.findall(r"^\| `([\w/<>]+)` \|", TRAINING_PAGE.split("### Metrics")[1].split("##")[0], flags=re.MULTILINE)
+    config = config_in(workspace, tmp_path / "a", training={"max_steps": 2}, device_peak_tflops=0.5)
+    run(with_sources(config, tmp_path))
+    without = config_in(workspace, tmp_path / "b", training={"max_steps": 1})
+    run(without)
+
+    names = {re.sub(r"^val_loss/.*", "val_loss/<source>", name) for line in all_metrics_of(config) for name in line}
+    assert names == set(table)
+    assert "mfu" not in all_metrics_of(without)[0]
+
+
+def test_metrics_agree_with_one_another(workspace: Workspace, tmp_path: Path) -> None:
+    """Parts of a step are no longer than the step, shares are shares, and rates are numbers over seconds."""
+    config = config_in(workspace, tmp_path, training={"max_steps": 3}, device_peak_tflops=0.5)
+    run(config)
+    for line in all_metrics_of(config):
+        parts = [line[f"{part}_seconds"] for part in ("data_wait", "forward", "backward", "optimizer")]
+        assert min(parts[1:]) > 0
+        assert sum(parts) <= line["step_seconds"]
+        assert line["tokens_per_second"] == pytest.approx(line["num_tokens"] / line["step_seconds"])
+        assert line["tokens_per_second_per_device"] == line["tokens_per_second"]
+        assert 0 < line["pack_fill"] <= 1
+        assert 0 < line["mfu"] < 1
+        assert line["imbalance"] == pytest.approx(0)
+        assert 2**26 < line["peak_memory_bytes"] < 2**36
+    assert all_metrics_of(config)[0]["pack_fill"] > 0.8
+
+
+def test_a_trace_is_written_when_asked_for(workspace: Workspace, tmp_path: Path) -> None:
+    """The window of steps is one file a rank that a trace viewer reads; the steps are what they are without it."""
+    expected = run(config_in(workspace, tmp_path / "a", training={"max_steps": 4}))
+    config = config_in(workspace, tmp_path / "b", training={"max_steps": 4}, profile_first_step=2, profile_num_steps=2)
+    assert run(config) == expected
+    trace = json.loads((tmp_path / "b" / "logs" / "sft" / "profile" / "rank-0.json").read_text())
+
+    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
 
 
 def test_metrics_reach_tensorboard(workspace: Workspace, tmp_path: Path) -> None:

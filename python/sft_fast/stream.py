@@ -14,11 +14,12 @@ from sft_fast.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What one rank does in one step. `num_tokens` and `num_label_tokens` are of the whole global batch."""
+    """What one rank does in one step. `num_rows`, `num_tokens` and `num_label_tokens` are of the whole batch."""
 
     step: int
     """Global step, from 0."""
     epoch: int
+    num_rows: int
     num_tokens: int
     num_label_tokens: int
     """Tokens with a loss: what the sum of losses over all ranks is divided by."""
@@ -112,10 +113,12 @@ class StepStream:
             raise IndexError(f"rank {rank} of {world_size}")
         epoch, index = divmod(step, self.num_steps_per_epoch)
         packing, steps = self._epoch_plan(epoch)
-        num_tokens, num_label_tokens = packing._core.count_tokens(steps.rows(index))
+        rows = steps.rows(index)
+        num_tokens, num_label_tokens = packing._core.count_tokens(rows)
         return StepPlan(
             step=step,
             epoch=epoch,
+            num_rows=len(rows),
             num_tokens=num_tokens,
             num_label_tokens=num_label_tokens,
             micro_batches=steps.assign(index, rank, world_size, rows_per_micro_batch),

@@ -86,7 +86,7 @@ NOT_ACTED_ON: dict[str, dict[str, str]] = {
             ("transfer_backend", "workers read the data set themselves"),
             ("otlp_output_dir", "traces are not exported"),
             *_group("use sequence_length", "prompt_length response_length val_prompt_length val_sequence_length"),
-            *_group("profiling is not supported", "profiler_timeline profiler_memory profiler_output_dir"),
+            *_group("profile_first_step traces a run", "profiler_timeline profiler_memory profiler_output_dir"),
             *_group(_STATES, "is_offload_states is_offload_optimizer_states_in_train_step"),
             *_group(
                 _REINFORCEMENT,

@@ -260,6 +260,16 @@ class SFTConfig:
     num_gpus_per_node: CountOrZero | None = None
     """GPUs of each machine. 0: the ranks run on the CPU. `null`: what the machine has."""
 
+    device_peak_tflops: PositiveFloat | None = None
+    """10^12 operations a second that a device can do at the run's precision, for the metric `mfu`. `null`: by its name,
+    where that is known, at `bf16` and `fp16`. Ours."""
+
+    profile_first_step: CountOrZero = 0
+    """First step of a trace by `torch.profiler`, in `<logging_dir>/<exp_name>/profile/`. 0: none. Ours."""
+
+    profile_num_steps: PositiveInt = 3
+    """Steps of that trace. Ours."""
+
     save_steps: CountOrZero = 50
     """Steps between checkpoints. The end of the run always writes one; 0 writes only that one."""
 

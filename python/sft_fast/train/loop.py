@@ -199,6 +199,7 @@ class TrainLoop:
         val_losses = _val_losses(validated)
         first = reports[0]
         slowest = max(report.step_seconds for report in reports)
+        forward = [report.forward_seconds for report in reports]
         # Ranks that share one model have the same part of the loss: it counts once.
         loss = sum(report.loss for report in reports) / self._config.model_parallel_size
         return StepMetrics(
@@ -212,10 +213,25 @@ class TrainLoop:
             num_skipped_steps=self.state.num_skipped_steps,
             num_tokens=first.num_tokens,
             num_label_tokens=first.num_label_tokens,
+            pack_fill=first.num_tokens / (first.num_rows * self._config.sequence_length),
             tokens_per_second=first.num_tokens / slowest,
+            tokens_per_second_per_device=first.num_tokens / slowest / len(reports),
+            mfu=self._mfu(reports, slowest),
+            imbalance=max(forward) / max(1e-9, sum(forward) / len(forward)) - 1,
             step_seconds=slowest,
             data_wait_seconds=max(report.data_wait_seconds for report in reports),
+            forward_seconds=max(forward),
+            backward_seconds=max(report.backward_seconds for report in reports),
+            optimizer_seconds=max(report.optimizer_seconds for report in reports),
+            peak_memory_bytes=max(report.peak_memory_bytes for report in reports),
         )
+
+    def _mfu(self, reports: list[TrainStepReport], step_seconds: float) -> float | None:
+        peaks = [report.peak_tflops for report in reports if report.peak_tflops is not None]
+        if len(peaks) < len(reports):
+            return None
+        flops = sum(report.flops for report in reports) / self._config.model_parallel_size
+        return flops / step_seconds / (sum(peaks) * 1e12)
 
 
 def _is_due(step: int, every: int, is_last: bool) -> bool:

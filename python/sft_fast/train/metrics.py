@@ -25,9 +25,17 @@ class StepMetrics:
     num_skipped_steps: int  # of the run so far: their loss or gradient was not finite, and they changed nothing
     num_tokens: int  # of the global batch
     num_label_tokens: int  # of the global batch
+    pack_fill: float  # share of the rows' `sequence_length` that holds tokens
     tokens_per_second: float  # of all ranks
-    step_seconds: float  # of the slowest rank
-    data_wait_seconds: float  # of the rank that waited longest for its micro-batches
+    tokens_per_second_per_device: float
+    mfu: float | None  # share of the devices' peak arithmetic that the model needed, where the peak is known
+    imbalance: float  # by how much the slowest forward pass of a rank takes longer than the mean
+    step_seconds: float  # of the slowest rank, as all that follow
+    data_wait_seconds: float  # waiting for micro-batches
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
+    peak_memory_bytes: int  # of the rank that needs most
 
     def values(self) -> dict[str, Any]:
         """Names and values; `val_loss` only where there was a validation, no value that is not finite."""

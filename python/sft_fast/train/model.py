@@ -44,7 +44,7 @@ class SFTModel(nn.Module):
         self._label_smoothing, self._neftune_alpha = label_smoothing, neftune_alpha
         hf = self.hf_model
         scale, softcap = head_transform(hf.config)
-        attach_loss(_head(hf), scale=scale, softcap=softcap)
+        attach_loss(output_layer(hf), scale=scale, softcap=softcap)
 
     @property
     def hf_model(self) -> Any:
@@ -82,7 +82,7 @@ class SFTModel(nn.Module):
         # still makes a graph, so that a rank without labels takes part in the backward pass.
         selected = hidden[0].index_select(0, label_positions)
         smoothing = self._label_smoothing if self.training else 0.0
-        loss: torch.Tensor = _head(hf)(selected, targets=targets, factor=factor, label_smoothing=smoothing)
+        loss: torch.Tensor = output_layer(hf)(selected, targets=targets, factor=factor, label_smoothing=smoothing)
         return loss
 
 
@@ -102,7 +102,7 @@ def neftune_noise(embedded: torch.Tensor, segment_lengths: tuple[int, ...], alph
     return noise * reach.to(device=embedded.device, dtype=embedded.dtype)[None, :, None]
 
 
-def _head(hf: Any) -> nn.Linear:
+def output_layer(hf: Any) -> nn.Linear:
     """The output layer, as a plain linear layer.
 
     Raises:

@@ -22,12 +22,14 @@ from sft_fast.stream import StepPlan, StepStream
 from sft_fast.train.batch import MicroBatch, make_micro_batch
 from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, naming_a_full_disk
 from sft_fast.train.export import save_model_files, write_model
+from sft_fast.train.flops import ModelFlops, peak_tflops
 from sft_fast.train.generate import Generation, generate_answers
 from sft_fast.train.heartbeat import PULSE
 from sft_fast.train.model import SFTModel, check_model, load_model
 from sft_fast.train.optim import learning_rate_schedule
 from sft_fast.train.plan import train_stream, validation_stream
 from sft_fast.train.strategy import RankInfo, TrainStrategy, create_strategy
+from sft_fast.train.timing import ProfileWindow, peak_memory_bytes
 
 if TYPE_CHECKING:
     from sft_fast.config import SFTConfig
@@ -41,7 +43,7 @@ _Batches = Prefetcher[tuple[StepPlan, MicroBatch]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStepReport:
-    """What a rank tells the driver of a training step. Only `loss` and the times differ between ranks."""
+    """What a rank tells the driver of a training step. `loss`, `flops`, times and memory differ between ranks."""
 
     step: int  # steps done with this one
     epoch: float  # epochs done with this step
@@ -51,8 +53,15 @@ class TrainStepReport:
     is_skipped: bool  # the gradient was not finite, and no weight was changed
     num_tokens: int  # of the global batch
     num_label_tokens: int  # of the global batch
+    num_rows: int  # of the global batch
+    flops: float  # operations that this rank's samples need
     step_seconds: float
     data_wait_seconds: float  # part of it in which the next micro-batch was not ready
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
+    peak_memory_bytes: int
+    peak_tflops: float | None  # of the device, where it is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +117,10 @@ class SFTWorker:
         self._strategy = create_strategy(config, rank)
         self._strategy.initialize(self._load_model)
         check_model(self._strategy.model, self._strategy.device)
+        self._flops = ModelFlops.of(self._strategy.model.hf_model)
+        self._peak_tflops = self._find_peak()
+        trace = Path(config.logging_dir, config.exp_name, "profile", f"rank-{rank.rank}.json")
+        self._profile = ProfileWindow(config.profile_first_step, config.profile_num_steps, trace)
         if checkpoint is not None:
             self._strategy.load(checkpoint, CLUSTER_NAME, is_universal=is_universal)
 
@@ -135,6 +148,13 @@ class SFTWorker:
             )
         return model
 
+    def _find_peak(self) -> float | None:
+        """10^12 operations a second that the device can do: as configured, else by its name."""
+        device = self._strategy.device
+        if self._config.device_peak_tflops is not None or device.type == "cpu":
+            return self._config.device_peak_tflops
+        return peak_tflops(torch.cuda.get_device_name(device), self._config.sft_train.model_args.dtype)
+
     def train_step(self, step: int) -> TrainStepReport:
         """Trains global step `step`, counted from 0, and makes ready for the next.
 
@@ -142,9 +162,10 @@ class SFTWorker:
             TrainError: the loss or the gradient is not finite, on every rank alike; unless `on_non_finite: skip`.
         """
         start = time.perf_counter()
+        self._profile.before(step + 1)
         # Random numbers (dropout) depend on the seed, the step and the rank alone: nothing to save, nothing to restore.
         torch.manual_seed(_seed_of(self._config.seed, step, self._rank.rank))
-        batches = _StepBatches(self._batches_from(step), step + 1)
+        batches = _StepBatches(self._batches_from(step), step + 1, self._flops)
         plan = batches.plan
         learning_rate = self._learning_rate(step + 1)
         result = self._strategy.train_step(batches, len(plan.micro_batches), plan.num_label_tokens, learning_rate)
@@ -153,6 +174,7 @@ class SFTWorker:
         if result.is_skipped and not is_tolerated:
             raise not_finite(f"step {step + 1}: the loss or the gradient is not finite")
         self._next_step = step + 1
+        self._profile.after(step + 1)
         return TrainStepReport(
             step=step + 1,
             epoch=self._stream.epoch_of(step + 1),
@@ -162,8 +184,15 @@ class SFTWorker:
             is_skipped=result.is_skipped,
             num_tokens=plan.num_tokens,
             num_label_tokens=plan.num_label_tokens,
+            num_rows=plan.num_rows,
+            flops=batches.flops,
             step_seconds=time.perf_counter() - start,
             data_wait_seconds=batches.wait_seconds,
+            forward_seconds=result.forward_seconds,
+            backward_seconds=result.backward_seconds,
+            optimizer_seconds=result.optimizer_seconds,
+            peak_memory_bytes=peak_memory_bytes(self._strategy.device),
+            peak_tflops=self._peak_tflops,
         )
 
     def val_step(self) -> ValStepReport:
@@ -262,12 +291,14 @@ class SFTWorker:
 
 
 class _StepBatches:
-    """The micro-batches of one step, taken from a prefetcher; keeps the time that was spent waiting."""
+    """The micro-batches of one step, taken from a prefetcher; counts the time spent waiting and the arithmetic."""
 
-    def __init__(self, prefetcher: _Batches, step: int) -> None:
+    def __init__(self, prefetcher: _Batches, step: int, model_flops: ModelFlops) -> None:
         self._prefetcher = prefetcher
         self._step = step
+        self._model_flops = model_flops
         self.wait_seconds = 0.0
+        self.flops = 0.0
         self.plan, self._first = self._take(1)
 
     def _take(self, number: int) -> tuple[StepPlan, MicroBatch]:
@@ -275,6 +306,7 @@ class _StepBatches:
         start = time.perf_counter()
         plan, batch = next(self._prefetcher)
         self.wait_seconds += time.perf_counter() - start
+        self.flops += self._model_flops.of_batch(batch.segment_lengths, batch.num_label_tokens)
         return plan, batch
 
     def __iter__(self) -> Iterator[MicroBatch]:

@@ -33,6 +33,9 @@ class StepResult:
 
     loss: float  # this rank's share: the shares of all ranks that read different data add up to the loss
     grad_norm: float  # of the whole gradient, before clipping; the same on every rank
+    forward_seconds: float
+    backward_seconds: float  # what the ranks exchange meanwhile is part of it
+    optimizer_seconds: float  # with the norm of the gradient and clipping
     is_skipped: bool  # the gradient was not finite, so no weight was changed; the same on every rank
 
 

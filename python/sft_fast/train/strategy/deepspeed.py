@@ -30,6 +30,7 @@ from sft_fast.train.model import SFTModel
 from sft_fast.train.optim import make_optimizer
 from sft_fast.train.strategy.base import RankInfo, StepResult, TrainStrategy
 from sft_fast.train.strategy.deepspeed_config import make_deepspeed_config
+from sft_fast.train.timing import StepTimer
 
 # On a CPU, DeepSpeed would compile a shared-memory operator at every start (a minute, and a compiler); gloo does the
 # same work without it.
@@ -122,16 +123,28 @@ class DeepSpeedStrategy(TrainStrategy):
         # mean over the ranks. Multiplied by both, the gradient is the sum again.
         weight = self.data_parallel_size * engine.gradient_accumulation_steps()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
+        timer = StepTimer(self.device)
         for index, batch in enumerate(batches):
             # Said for each micro-batch, since the last step of an epoch may have fewer of them than the others.
             engine.set_gradient_accumulation_boundary(index == num_batches - 1)
-            loss = engine(**_arguments(batch.to(self.device)), factor=weight / num_label_tokens)
-            engine.backward(loss)
+            with timer("forward"):
+                loss = engine(**_arguments(batch.to(self.device)), factor=weight / num_label_tokens)
+            with timer("backward"):
+                engine.backward(loss)
             total += loss.detach()
-        engine.step()
+        with timer("optimizer"):
+            engine.step()
         # A gradient that is not finite makes the norm so, which all ranks share; then DeepSpeed changes nothing.
         grad_norm = float(engine.get_global_grad_norm())
-        return StepResult(loss=total.item() / weight, grad_norm=grad_norm, is_skipped=not math.isfinite(grad_norm))
+        loss_share = total.item() / weight  # waits for the device
+        return StepResult(
+            loss=loss_share,
+            grad_norm=grad_norm,
+            is_skipped=not math.isfinite(grad_norm),
+            forward_seconds=timer.seconds("forward"),
+            backward_seconds=timer.seconds("backward"),
+            optimizer_seconds=timer.seconds("optimizer"),
+        )
 
     @override
     def val_step(self, batch: MicroBatch) -> float:
