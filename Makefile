@@ -63,6 +63,10 @@ docs: $(INSTALLED)  ## write the generated parts of docs/, and build the site in
 bench: $(INSTALLED)  ## measure beside what others use, and write docs/benchmarks.md; ARGS="--help" for more
 	$(BIN)/python benches/run.py $(ARGS)
 
+.PHONY: gpu-check
+gpu-check: $(INSTALLED)  ## check on this machine's GPU what the tests cannot, and measure; status 3 without a GPU
+	$(BIN)/python scripts/gpu_check.py $(ARGS)
+
 .PHONY: fuzz
 fuzz:  ## fuzz the readers and the tokenizer engine, SECONDS_EACH (60) for each of four targets
 	rust/fuzz/run $(or $(SECONDS_EACH),60)

@@ -166,20 +166,24 @@ def dataset_of(config: SFTConfig) -> Dataset:
     )
 
 
-def start_worker(config: SFTConfig, checkpoint: Path | None = None) -> SFTWorker:
+def start_worker(config: SFTConfig, checkpoint: Path | None = None, device: str = "cpu") -> SFTWorker:
     """The one rank of a run, in this process."""
     path = dataset_of(config).path
     worker = SFTWorker()
     resumed = None if checkpoint is None else str(checkpoint)
     worker.initialize(
-        config, RankInfo(master_port=free_port()), path, {"validation": path} if config.validation else None, resumed
+        config,
+        RankInfo(master_port=free_port(), device=device),
+        path,
+        {"validation": path} if config.validation else None,
+        resumed,
     )
     return worker
 
 
-def run_worker(config: SFTConfig, num_steps: int | None = None) -> list[TrainStepReport]:
+def run_worker(config: SFTConfig, num_steps: int | None = None, device: str = "cpu") -> list[TrainStepReport]:
     """The reports of the first steps of a run, or of all."""
-    worker = start_worker(config)
+    worker = start_worker(config, device=device)
     try:
         num_steps = train_stream(config, dataset_of(config)).num_steps if num_steps is None else num_steps
         return [worker.train_step(step) for step in range(num_steps)]
@@ -199,13 +203,13 @@ def samples_of(stream: StepStream, step: int) -> Iterator[tuple[torch.Tensor, to
                 yield ids[None], torch.where(is_label, ids[1:], -100)
 
 
-def plain_loop(config: SFTConfig, num_steps: int | None = None) -> list[tuple[float, float]]:
+def plain_loop(config: SFTConfig, num_steps: int | None = None, device: str = "cpu") -> list[tuple[float, float]]:
     """Loss and gradient norm of each step, by PyTorch and transformers alone: one sample at a time, no packing."""
     from transformers import AutoModelForCausalLM
 
     stream = train_stream(config, dataset_of(config))
     arguments = config.sft_train.training_args
-    model = AutoModelForCausalLM.from_pretrained(config.pretrain, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(config.pretrain, dtype=torch.float32).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, arguments.weight_decay), lr=arguments.learning_rate)
     learning_rate = learning_rate_schedule(arguments, stream.num_steps)
     smoothing = arguments.label_smoothing_factor
@@ -215,6 +219,7 @@ def plain_loop(config: SFTConfig, num_steps: int | None = None) -> list[tuple[fl
         num_label_tokens = sum(int((targets != -100).sum()) for _, targets in samples)
         total = 0.0
         for ids, targets in samples:
+            ids, targets = ids.to(device), targets.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = nn.functional.cross_entropy(
                 logits, targets, ignore_index=-100, reduction="sum", label_smoothing=smoothing

@@ -183,6 +183,14 @@ def _varlen_kernel(query: torch.Tensor, rule: _Rule, implementation: str) -> _Ke
     return _torch_varlen() if rule.dropout == 0.0 and rule.softcap is None else None
 
 
+def kernel_name(query: torch.Tensor) -> str:
+    """Which kernel a layer without window, dropout and softcap gets for such a query, for reports."""
+    kernel = _varlen_kernel(query, _Rule(0.0, 1.0, None, None), "auto")
+    if kernel is None:
+        return "torch's kernel, sample by sample"
+    return "FlashAttention" if kernel is _flash_attention() else "torch's varlen kernel"
+
+
 @functools.cache
 def _flash_attention() -> _Kernel | None:
     """FlashAttention-2 where it is installed: the one kernel with dropout and softcap."""
