@@ -97,7 +97,7 @@ pub fn load(directory: &Path) -> Result<Box<dyn Tokenizer>> {
 impl Tokenizer for FastTokenizer {
     fn encoder(&self) -> Box<dyn Encode + '_> {
         let (places, marks) = (Vec::new(), Vec::new());
-        Box::new(FastEncoder { tokenizer: self, scratch: Scratch::default(), places, marks })
+        Box::new(FastEncoder { tokenizer: self, scratch: self.scratch(), places, marks })
     }
 
     fn vocab_size(&self) -> u32 {

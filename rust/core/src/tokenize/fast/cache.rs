@@ -1,25 +1,21 @@
-//! The pretoken cache of one thread: pretokens seen before and their ids.
+//! The pretoken cache: pretokens seen before and their ids.
 //!
-//! Text repeats itself: 98 pretokens of 100 are in the cache. A pretoken of up to 15 bytes is the key itself, two 64-bit words;
-//! an entry with up to four ids takes 32 bytes, two entries a cache line, and a lookup touches that one line, which the caller
-//! fetches ahead. A new entry pushes the older of its line out, so memory is bounded and nothing is ever moved. Longer pretokens
-//! (and those with more ids) live in a second, smaller table, their bytes and ids in a store that is emptied when it is full.
+//! Text repeats itself: 98 pretokens of 100 are in the cache. Those of up to 15 bytes and four ids are in a table that threads
+//! share ([`lines`](super::lines)). Longer pretokens (and those with more ids) live in a smaller table of each thread, their
+//! bytes and ids in a store that is emptied when it is full.
 //!
 //! The cache never changes an answer, only the time it takes.
 
-use memmap2::MmapMut;
+use super::lines::{Lines, fits};
 use std::hash::BuildHasher;
+use std::sync::Arc;
 
 /// Longest pretoken that is its own key.
 const MAX_KEY: usize = 15;
 /// Most ids of an entry.
 pub const MAX_IDS: usize = 4;
-/// In the place of a number of ids: more than fit, look into the second table.
-const OVERFLOW: u64 = 7;
-/// The top byte of a key: four bits of length, three for the number of ids (none in the key itself), one for pieces.
-const KEY_MASK: u64 = 0x8fff_ffff_ffff_ffff;
+/// The top byte of a key: four bits of length, three that are free, one for pieces.
 const LEN_SHIFT: u32 = 56;
-const NUM_SHIFT: u32 = 60;
 const PIECE_SHIFT: u32 = 63;
 
 /// Masks of the first so many bytes of two words.
@@ -34,10 +30,6 @@ const FIRST_BYTES: [[u64; 2]; 16] = {
     masks
 };
 
-/// Two words of key, two of ids.
-type Entry = [u64; 4];
-type Line = [Entry; 2];
-
 #[derive(Clone, Copy, Default)]
 struct LongEntry {
     hash: u64,
@@ -49,9 +41,7 @@ struct LongEntry {
 
 /// Pretokens and their ids.
 pub struct Cache {
-    /// `[Line]`
-    lines: MmapMut,
-    num_lines: usize,
+    pub lines: Arc<Lines>,
     long: Box<[LongEntry]>,
     long_keys: Vec<u8>,
     long_ids: Vec<u32>,
@@ -60,7 +50,7 @@ pub struct Cache {
 
 /// A pretoken as a key; zeros for one that is too long to be a key.
 #[derive(Clone, Copy, Default)]
-pub struct Key([u64; 2]);
+pub struct Key(pub [u64; 2]);
 
 /// What the cache says of a key.
 pub enum Found {
@@ -99,17 +89,11 @@ impl Key {
 }
 
 impl Cache {
-    /// A cache of about `num_bytes` bytes.
-    pub fn new(num_bytes: usize) -> Self {
-        let num_lines = (num_bytes / size_of::<Line>()).next_power_of_two().max(64);
-        let num_long = (num_lines / 16).max(64);
-        let lines = MmapMut::map_anon(num_lines * size_of::<Line>()).expect("memory for the cache");
-        // A table that is read at random wants large pages; where there are none it is only slower.
-        #[cfg(target_os = "linux")]
-        let _ = lines.advise(memmap2::Advice::HugePage);
+    /// A cache over a table that may be shared.
+    pub fn new(lines: Arc<Lines>) -> Self {
+        let num_long = (lines.len() / 16).max(64);
         Self {
             lines,
-            num_lines,
             long: vec![LongEntry::default(); num_long].into(),
             long_keys: Vec::new(),
             long_ids: Vec::new(),
@@ -123,68 +107,20 @@ impl Cache {
         self.long_ids.clear();
     }
 
-    /// The number of the line where `key` would be.
-    #[inline(always)]
-    pub fn line_of(&self, key: Key) -> usize {
-        let product = (key.0[0] ^ 0x9e37_79b9_7f4a_7c15) as u128 * (key.0[1] ^ 0xc2b2_ae3d_27d4_eb4f) as u128;
-        (product as u64 ^ (product >> 64) as u64) as usize & (self.num_lines - 1)
-    }
-
-    #[inline(always)]
-    fn lines(&self) -> &[Line] {
-        bytemuck::cast_slice(&self.lines)
-    }
-
-    /// Fetches a line into the processor's cache, if the processor can be asked to.
-    #[inline(always)]
-    pub fn prefetch(&self, line: usize) {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(line) = self.lines().get(line) {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: fetching ahead has no effect but on time, and the address is that of a line.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) };
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = line;
-    }
-
     /// Looks for `key` in its line.
     #[inline(always)]
     pub fn get(&self, key: Key, line: usize) -> Found {
-        if key.is_long() {
-            return Found::Long;
-        }
-        for entry in &self.lines()[line] {
-            if entry[0] == key.0[0] && entry[1] & KEY_MASK == key.0[1] {
-                let num = entry[1] >> NUM_SHIFT & 7;
-                if num == OVERFLOW {
-                    return Found::Long;
-                }
-                return Found::Ids(bytemuck::cast([entry[2], entry[3]]), num as usize);
-            }
-        }
-        Found::Nothing
+        if key.is_long() { Found::Long } else { self.lines.get(key, line) }
     }
 
     /// Remembers the ids of `pretoken`.
     pub fn put(&mut self, key: Key, line: usize, pretoken: &[u8], is_piece: bool, ids: &[u32]) {
-        if key.is_long() || ids.len() > MAX_IDS {
+        if key.is_long() || !fits(ids) {
             self.put_long(pretoken, is_piece, ids);
         }
-        if key.is_long() {
-            return;
+        if !key.is_long() {
+            self.lines.put(key, line, ids);
         }
-        let mut inline = [0u32; MAX_IDS];
-        let mut num = OVERFLOW;
-        if let Some(inline) = inline.get_mut(..ids.len()) {
-            inline.copy_from_slice(ids);
-            num = ids.len() as u64;
-        }
-        let ids: [u64; 2] = bytemuck::cast(inline);
-        let lines: &mut [Line] = bytemuck::cast_slice_mut(&mut self.lines);
-        let entries = &mut lines[line];
-        entries[1] = entries[0];
-        entries[0] = [key.0[0], key.0[1] | num << NUM_SHIFT, ids[0], ids[1]];
     }
 
     /// The ids of a pretoken that is long or has many.

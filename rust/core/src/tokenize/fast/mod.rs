@@ -6,7 +6,7 @@
 //! 2. what lies between is normalised to NFC, if the tokenizer says so ([`normalize`]), and searched for the added tokens that
 //!    match normalised text;
 //! 3. what still lies between is cut into pretokens ([`pretokenize`], [`stages`], with the classes of [`classes`]);
-//! 4. each pretoken becomes ids: from the thread's [`cache`], else by merging its bytes ([`bpe`]).
+//! 4. each pretoken becomes ids: from the [`cache`], else by merging its bytes ([`bpe`]).
 //!
 //! [`load`] reads a tokenizer.json and refuses one that has anything else in it.
 
@@ -17,6 +17,7 @@ mod classes;
 mod cuts;
 #[cfg(test)]
 mod families;
+mod lines;
 mod load;
 mod normalize;
 mod pretokenize;
@@ -31,7 +32,9 @@ pub use load::NotUnderstood;
 use super::control::ControlTokens;
 use added::Piece;
 use cache::{Cache, Found, Key, MAX_IDS};
+use lines::Lines;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The instruction set that the engine works with on this machine: `avx512`, `avx2`, `neon` or `plain`.
@@ -39,14 +42,19 @@ pub fn instruction_set() -> &'static str {
     windows::Level::detect().name()
 }
 
+/// About how much memory the cache of short pretokens takes.
+const CACHE_BYTES: usize = 32 << 20;
+
 /// A byte-level BPE tokenizer.
 pub struct FastTokenizer {
     parts: load::Parts,
     /// Which tokenizer a scratch belongs to.
     number: u64,
+    /// What its threads have in common.
+    lines: Arc<Lines>,
 }
 
-/// What a thread keeps between texts: the pretoken cache and working memory.
+/// What a thread keeps between texts: its part of the pretoken cache, and working memory.
 pub struct Scratch {
     cache_bytes: usize,
     /// The tokenizer whose ids the cache holds.
@@ -92,12 +100,12 @@ impl Mark {
 
 impl Default for Scratch {
     fn default() -> Self {
-        Self::with_cache_bytes(32 << 20)
+        Self::with_cache_bytes(CACHE_BYTES)
     }
 }
 
 impl Scratch {
-    /// A scratch whose cache takes about this many bytes, once it is used.
+    /// A scratch with a cache of its own that takes about this many bytes, once it is used.
     pub fn with_cache_bytes(cache_bytes: usize) -> Self {
         Self {
             cache_bytes,
@@ -115,7 +123,11 @@ impl FastTokenizer {
     /// Names the part that this engine does not understand.
     pub fn from_json(json: &[u8]) -> Result<Self, NotUnderstood> {
         static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1);
-        Ok(Self { parts: load::load(json)?, number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed) })
+        Ok(Self {
+            parts: load::load(json)?,
+            number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
+            lines: Arc::new(Lines::new(CACHE_BYTES)),
+        })
     }
 
     /// One more than the largest id.
@@ -137,6 +149,12 @@ impl FastTokenizer {
     /// The tokens that text of a record must not become.
     pub fn control_tokens(&self) -> &ControlTokens {
         &self.parts.control
+    }
+
+    /// A scratch that shares what its thread learns with the others that were made here.
+    pub fn scratch(&self) -> Scratch {
+        let cache = Some(Cache::new(self.lines.clone()));
+        Scratch { owner: self.number, cache, ..Scratch::default() }
     }
 
     /// Appends the ids of `text` to `ids`.
@@ -176,7 +194,7 @@ impl FastTokenizer {
             *owner = self.number;
             *cache = None;
         }
-        let cache = cache.get_or_insert_with(|| Cache::new(*cache_bytes));
+        let cache = cache.get_or_insert_with(|| Cache::new(Arc::new(Lines::new(*cache_bytes))));
         let mut run = Run { parts: &self.parts, cache, work, ids, marker: Marker { places, marks } };
         run.text(text, plain);
         let end = run.ids.len();
@@ -279,14 +297,15 @@ impl Run<'_> {
     fn batch(&mut self, text: &[u8], base: usize, batch_start: usize) -> usize {
         // Two rounds, so that the lines of the cache are on their way while keys are still being made.
         let ignore_merges = self.parts.ignore_merges;
+        let lines = &*self.cache.lines;
         let Work { batch, lookups, .. } = &mut *self.work;
         let mut start = batch_start;
         let mut num_lookups = 0;
         for ((end, is_piece), lookup) in batch.ends().zip(lookups.iter_mut()) {
             let is_piece = is_piece && ignore_merges;
             let key = Key::new(text, start, end, is_piece);
-            let line = self.cache.line_of(key);
-            self.cache.prefetch(line);
+            let line = lines.line_of(key);
+            lines.prefetch(line);
             *lookup = Lookup { key, line, end, is_piece };
             start = end;
             num_lookups += 1;
