@@ -13,7 +13,7 @@ SOURCES := pyproject.toml Cargo.toml Cargo.lock rust-toolchain.toml scripts/inst
 
 .PHONY: help
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 .PHONY: setup
 setup: $(INSTALLED)  ## create .venv with every dependency and a release build of the extension
@@ -39,6 +39,10 @@ demo: $(INSTALLED)  ## fine-tune a small real model on this machine, and show wh
 test: $(INSTALLED)  ## run all tests, Rust and Python
 	cargo test --locked --workspace
 	$(BIN)/pytest
+
+.PHONY: test-browser
+test-browser: $(INSTALLED)  ## the tests that open pages in Chromium, which has to be there: Debian's package chromium
+	SFT_FAST_REQUIRE_CHROMIUM=1 $(BIN)/pytest -m browser
 
 .PHONY: lint
 lint: $(INSTALLED)  ## check formatting, lints and types

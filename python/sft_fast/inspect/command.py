@@ -144,7 +144,26 @@ def _diff(dataset: sft_fast.Dataset, question: Question, console: Console) -> No
 
 
 def _html(dataset: sft_fast.Dataset, question: Question, console: Console) -> None:
-    del dataset, question, console  # PAGE
+    from sft_fast.console import count, size
+    from sft_fast.inspect.page import write_page
+
+    assert question.html is not None
+    written = write_page(
+        dataset,
+        question.html,
+        _reader(dataset, question),
+        sequence_length=question.sequence_length,
+        seed=question.seed,
+    )
+    if question.as_json:
+        _print_json(dataclasses.asdict(written))
+        return
+    console.print(
+        f"{written.path}: {size(written.num_bytes)}; statistics of all {count(len(dataset))} samples, and "
+        f"{count(written.num_samples)} of them to look at, with {count(written.num_packs)} packs (seed {written.seed})",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _print_json(value: dict[str, Any]) -> None:
