@@ -69,9 +69,44 @@ def test_help_of_every_command(run_cli: Run, command: str) -> None:
 
     assert result.returncode == 0
     assert f"Usage: sft-fast {command} " in result.stdout
+    examples = result.stdout.split("Examples:")[1].split("╭")[0].strip().splitlines()
+    assert examples
+    assert all(line.split()[: 1 + len(command.split())] == ["sft-fast", *command.split()] for line in examples)
     if command != "export":
         assert "--config-path" in result.stdout
         assert "--config-name" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["sft-fast", "insp"], ["inspect"]),
+        (["sft-fast", "cache", ""], ["list", "prune"]),
+        (["sft-fast", "preprocess", "--on-error", ""], ["raise", "skip"]),
+        (["sft-fast", "preprocess", "--template", "qwen"], ["qwen2_5", "qwen3"]),
+        (["sft-fast", "inspect", "--sequ"], ["--sequence-length"]),
+        (["sft-fast", "train", "--config-path", "configs", "--config-name", "fi"], ["fine", "first"]),
+    ],
+)
+def test_shell_completes(tmp_path: Path, words: list[str], expected: list[str]) -> None:
+    """In bash, commands, options, choices, templates and the names of configurations are completed."""
+    (tmp_path / "configs").mkdir()
+    for name in ("first.yaml", "fine.yml", "other.yaml", "find.txt"):
+        (tmp_path / "configs" / name).touch()
+    program = f"""
+        source <(sft-fast --show-completion bash)
+        COMP_WORDS=({" ".join(map(repr, words))})
+        COMP_CWORD={len(words) - 1}
+        $(complete -p sft-fast | sed 's/.*-F \\([^ ]*\\).*/\\1/') sft-fast
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    result = subprocess.run(
+        ["bash", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert result.stdout.split() == expected, result.stderr
 
 
 def test_preprocess_makes_a_dataset(run_cli: Run, tokenizer_dir: Path, write_jsonl: Write, tmp_path: Path) -> None:
@@ -87,16 +122,49 @@ def test_preprocess_makes_a_dataset(run_cli: Run, tokenizer_dir: Path, write_jso
 
 
 def test_json_report_is_the_report(run_cli: Run, tokenizer_dir: Path, write_jsonl: Write, tmp_path: Path) -> None:
-    """`--json` prints nothing but the report that `sft_fast.preprocess` returns."""
+    """`--json` prints nothing but the report that `sft_fast.preprocess` returns, and what its samples make as packs."""
     path = write_jsonl("data.jsonl", RECORDS)
     report = sft_fast.preprocess([path], tmp_path / "other", tokenizer=tokenizer_dir, sequence_length=128)
 
     printed = json.loads(run_cli(*preprocess_arguments(tokenizer_dir, "data.jsonl", "--json")).stdout)
 
+    packing = sft_fast.Dataset(report.path).pack(sequence_length=128)
+    assert (printed.pop("num_packs"), printed.pop("fill_ratio")) == (len(packing), packing.fill_ratio)
     differs = {"path", "seconds"}
     assert {name: value for name, value in printed.items() if name not in differs} == {
         name: value for name, value in vars(report).items() if name not in differs
     }
+
+
+def test_json_loads_nothing_that_draws(tokenizer_dir: Path, write_jsonl: Write, tmp_path: Path) -> None:
+    """What draws tables and bars is half of the start-up: where neither is shown, it is not loaded."""
+    write_jsonl("data.jsonl", RECORDS)
+    program = (
+        "import atexit, sys; from sft_fast.cli import main\n"
+        "atexit.register(lambda: print('rich' in sys.modules, file=sys.stderr)); main(sys.argv[1:])"
+    )
+    arguments = map(str, preprocess_arguments(tokenizer_dir, "data.jsonl", "--json"))
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+
+    assert json.loads(result.stdout)["num_samples"] == len(RECORDS)
+    assert result.stderr == "False\n"
+
+
+def test_report_says_what_a_run_would_do(run_cli: Run, config_file: Path) -> None:
+    """The report has the packs of the samples and how full they are, and of a configuration the steps of its run."""
+    packed = run_cli("preprocess", "--config-name", "run", "sft_train.use_sequence_packing=true")
+    as_json = run_cli("preprocess", "--config-name", "run", "sft_train.use_sequence_packing=true", "--json")
+    reports = json.loads(as_json.stdout)
+
+    train = reports["train"]
+    assert {"num_packs", "fill_ratio", "num_steps_per_epoch", "num_steps", "seconds", "num_bytes"} <= set(train)
+    assert 0 < train["fill_ratio"] <= 1
+    assert "num_steps" not in reports["validation"]
+    lines = [line.split() for line in packed.stdout.splitlines()]
+    assert ["packs", f"{train['num_packs']},", f"{train['fill_ratio']:.2%}", "full"] in lines
+    assert ["steps", f"{train['num_steps']},", f"{train['num_steps_per_epoch']}", "an", "epoch"] in lines
 
 
 def test_options_reach_the_preprocessing(run_cli: Run, tokenizer_dir: Path, write_jsonl: Write, tmp_path: Path) -> None:
@@ -466,3 +534,24 @@ def test_start_scripts_are_the_command(config_file: Path, tmp_path: Path, comman
             [*command, override], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert_one_error(result, override.split("=")[0], answer)
+
+
+@pytest.mark.parametrize("forced", ["", "1"])
+def test_progress_is_a_bar_or_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, forced: str
+) -> None:
+    """In a terminal preprocessing has a moving bar, elsewhere a plain line now and then; both on stderr."""
+    monkeypatch.setenv("FORCE_COLOR", forced)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(cli.console, "PLAIN_INTERVAL_SECONDS", 0.0)
+    state = type("State", (), {"is_hashing": False, "num_bytes": 2e6, "num_total_bytes": 4e6, "num_records": 10})()
+
+    with cli.console.PreprocessProgress("making") as progress:
+        progress(state)
+        progress(state)
+    printed = capsys.readouterr()
+
+    assert printed.out == ""
+    assert "2.0 MB of 4.0 MB" in printed.err
+    assert ("\x1b[" in printed.err) == bool(forced)
+    assert (printed.err.count("\n") == 2) == (not forced)

@@ -576,6 +576,22 @@ def test_the_driver_stays_a_step_ahead(workspace: Workspace, tmp_path: Path, mon
     assert events == expected
 
 
+def test_a_run_begins_with_its_report(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run prints one table of its data, packs and steps, and keeps the same numbers for programs in `report.json`."""
+    config = config_in(workspace, tmp_path, training={"max_steps": 1})
+    run(config)
+    content = json.loads((Path(config.logging_dir) / config.exp_name / "report.json").read_text())
+    arithmetic = BatchArithmetic.of(config, train_stream(config, dataset_of(config)))
+    printed = capsys.readouterr().out
+
+    assert content["plan"] == json.loads(json.dumps(dataclasses.asdict(arithmetic)))
+    assert content["data"]["train"]["num_samples"] == 24
+    assert printed.count("train data") == 1
+    for name, value in arithmetic.rows():
+        assert name in printed
+        assert value[:40] in printed
+
+
 def test_the_arithmetic_adds_up(workspace: Workspace) -> None:
     """What is printed before a run is what the run does."""
     config = workspace.config(ranks=2, rows=3, micro_batches=2)

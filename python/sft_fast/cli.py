@@ -46,17 +46,48 @@ cache = typer.Typer(
 )
 app.add_typer(cache, name="cache")
 
+# What `template` may name; `.jinja` files besides, which the shell completes.
+TEMPLATES = ("native", "chatml", "gemma", "llama3", "phi3", "qwen2_5", "qwen3", "smollm2")
+
+
+def _config_names(context: typer.Context, incomplete: str) -> list[str]:
+    """For completion: the configurations in the directory that the command line names."""
+    directory = context.params.get("config_path") or "."
+    try:
+        names = sorted(name for name in os.listdir(directory) if name.endswith((".yaml", ".yml")))
+    except OSError:
+        return []
+    return [stem for name in names if (stem := name.rpartition(".")[0]).startswith(incomplete)]
+
+
+def _templates(incomplete: str) -> list[str]:
+    """For completion: the names of templates."""
+    return [name for name in TEMPLATES if name.startswith(incomplete)]
+
+
 ConfigPath = Annotated[
     str,
     typer.Option("--config-path", "--config_path", metavar="DIR", help="Directory of the configuration."),
 ]
 ConfigName = Annotated[
     str,
-    typer.Option("--config-name", "--config_name", metavar="NAME", help="YAML file in it, without its ending."),
+    typer.Option(
+        "--config-name",
+        "--config_name",
+        metavar="NAME",
+        help="YAML file in it, without its ending.",
+        autocompletion=_config_names,
+    ),
 ]
 OptionalConfigName = Annotated[
     str | None,
-    typer.Option("--config-name", "--config_name", metavar="NAME", help="Take everything from this configuration."),
+    typer.Option(
+        "--config-name",
+        "--config_name",
+        metavar="NAME",
+        help="Take everything from this configuration.",
+        autocompletion=_config_names,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace those of the file.")
@@ -84,7 +115,9 @@ def preprocess(
     ] = None,
     output_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data set goes.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Model directory with a tokenizer.")] = None,
-    template: Annotated[str, typer.Option(help="Chat template: native, or a built-in name.")] = "native",
+    template: Annotated[
+        str, typer.Option(help="Chat template: native, a built-in name, or a file.", autocompletion=_templates)
+    ] = "native",
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a sample.")] = None,
     system_key: Annotated[str | None, typer.Option(help="Field of the system prompt.")] = None,
     prompt_key: Annotated[str, typer.Option(help="Field of the prompt.")] = "instruction",
@@ -118,15 +151,18 @@ def preprocess(
 ) -> None:
     """Turn records into token ids and label masks on disk.
 
-    Example: sft-fast preprocess data.jsonl --output-dir out --tokenizer path/to/model --sequence-length 4096
-
-    The same from a configuration: sft-fast preprocess --config-path configs --config-name demo
+    \b
+    Examples:
+      sft-fast preprocess data.jsonl --output-dir out --tokenizer path/to/model --sequence-length 4096
+      sft-fast preprocess --config-path configs --config-name my on_error=skip
+      sft-fast preprocess --config-path configs --config-name my --json
     """
     if config_name is not None:
         if output_dir is not None or tokenizer is not None:
             raise ConfigError("with --config-name, the configuration names the tokenizer and the place of the data set")
-        reports = _preprocess_config(_load(config_path, config_name, arguments))
-        _print_reports(reports, as_json)
+        config = _load(config_path, config_name, arguments)
+        reports = _preprocess_config(config)
+        _print_reports(reports, _plans_of(reports, config), as_json)
         return
     import sft_fast
 
@@ -165,14 +201,18 @@ def preprocess(
             overwrite=overwrite,
             progress=progress,
         )
-    _print_reports({"": report}, as_json)
+    _print_reports({"": report}, {"": _packs_of(report, sequence_length)}, as_json)
 
 
 @app.command()
 def train(config_name: ConfigName, overrides: Overrides = None, config_path: ConfigPath = ".") -> None:
     """Fine-tune a model; preprocess first what the cache lacks.
 
-    Example: sft-fast train --config-path configs --config-name demo sft_train.training_args.learning_rate=1e-5
+    \b
+    Examples:
+      sft-fast train --config-path configs --config-name my
+      sft-fast train --config-path configs --config-name my sft_train.training_args.learning_rate=1e-5
+      sft-fast train --config-path configs --config-name my resume_from_checkpoint=true
     """
     config = _load(config_path, config_name, overrides)
     try:
@@ -190,7 +230,13 @@ def validate(
     config_path: ConfigPath = ".",
     num_samples: Annotated[int, typer.Option(min=0, help="Records to render from the first file.")] = 2,
 ) -> None:
-    """Check a configuration in seconds: keys, files, template, first records, batch arithmetic."""
+    """Check a configuration in seconds: keys, files, template, first records, batch arithmetic.
+
+    \b
+    Examples:
+      sft-fast validate --config-path configs --config-name my
+      sft-fast validate --config-path configs --config-name my --num-samples 10 global_template=qwen3
+    """
     from sft_fast.check import check_run
 
     check_run(_load(config_path, config_name, overrides), console.stdout_console(), num_samples)
@@ -236,7 +282,14 @@ def inspect(
 ) -> None:
     """Show what the model will read, token by token, with what it learns in colour, and where it comes from.
 
-    Example: sft-fast inspect out --search "As an AI"
+    \b
+    Examples:
+      sft-fast inspect out --sample 17 --ids
+      sft-fast inspect out --pack 0 --sequence-length 4096
+      sft-fast inspect out --source data.jsonl:120
+      sft-fast inspect out --search "As an AI" -n 20
+      sft-fast inspect out --diff other
+      sft-fast inspect out --html out.html
     """
     import sft_fast
     from sft_fast.inspect.command import Question, answer
@@ -271,7 +324,13 @@ def verify(
     config_path: ConfigPath = ".",
     config_name: OptionalConfigName = None,
 ) -> None:
-    """Check the checksums and laws of a data set on disk."""
+    """Check the checksums and laws of a data set on disk.
+
+    \b
+    Examples:
+      sft-fast verify out
+      sft-fast verify --config-path configs --config-name my
+    """
     import sft_fast
 
     path = _dataset_path(arguments, config_path, config_name)
@@ -288,7 +347,13 @@ def cache_list(
     config_path: ConfigPath = ".",
     config_name: OptionalConfigName = None,
 ) -> None:
-    """List the data sets in a cache, those used longest ago first, and what killed runs left."""
+    """List the data sets in a cache, those used longest ago first, and what killed runs left.
+
+    \b
+    Examples:
+      sft-fast cache list output/data
+      sft-fast cache list --config-path configs --config-name my --json
+    """
     from sft_fast.cache import list_cache
 
     content = list_cache(_cache_path(arguments, config_path, config_name))
@@ -316,6 +381,11 @@ def cache_prune(
     """Free space in a cache: what killed runs left and damaged data sets always, others as the options say.
 
     What a process makes or uses stays.
+
+    \b
+    Examples:
+      sft-fast cache prune output/data --older-than 30d --dry-run
+      sft-fast cache prune output/data --max-bytes 50GB
     """
     from sft_fast.cache import parse_duration, parse_size, prune_cache
 
@@ -340,7 +410,12 @@ def export(
         bool, typer.Option("--adapters-only", help="Write the LoRA adapters as PEFT does, instead of a merged model.")
     ] = False,
 ) -> None:
-    """Write the model of a checkpoint as an ordinary model directory, with its tokenizer."""
+    """Write the model of a checkpoint as an ordinary model directory, with its tokenizer.
+
+    \b
+    Examples:
+      sft-fast export output/sft_train/checkpoint-200 trained
+    """
     try:
         from sft_fast.train.export import export_checkpoint
     except ModuleNotFoundError as error:
@@ -359,7 +434,13 @@ def doctor(
     config_path: ConfigPath = ".",
     config_name: OptionalConfigName = None,
 ) -> None:
-    """Say what this machine can do, what is missing, and how to install it. Status 1 where something does not work."""
+    """Say what this machine can do, what is missing, and how to install it. Status 1 where something does not work.
+
+    \b
+    Examples:
+      sft-fast doctor
+      sft-fast doctor /mnt/fast/cache --train
+    """
     from sft_fast.doctor import examine
 
     checks = examine(_cache_path(arguments, config_path, config_name), for_training=for_training)
@@ -416,14 +497,39 @@ def _cache_path(arguments: Sequence[str] | None, config_path: str, config_name: 
     return arguments[0]
 
 
-def _print_reports(reports: dict[str, sft_fast.Report], as_json: bool) -> None:
+def _packs_of(report: sft_fast.Report, sequence_length: int) -> dict[str, Any]:
+    """What the samples of a data set make as packs of a length: of epoch 0, though other epochs hardly differ."""
+    import sft_fast
+
+    packing = sft_fast.Dataset(report.path).pack(sequence_length=sequence_length)
+    return {"num_packs": len(packing), "fill_ratio": packing.fill_ratio}
+
+
+def _plans_of(reports: dict[str, sft_fast.Report], config: SFTConfig) -> dict[str, dict[str, Any]]:
+    """What the data sets of a configuration make in its run: packs, and of the training data the steps."""
+    import sft_fast
+    from sft_fast.train.plan import train_stream
+
+    plans: dict[str, dict[str, Any]] = {}
+    for name, report in reports.items():
+        plans[name] = _packs_of(report, config.sequence_length) if config.sft_train.use_sequence_packing else {}
+        if name == "train":
+            stream = train_stream(config, sft_fast.Dataset(report.path))
+            plans[name] |= {"num_steps_per_epoch": stream.num_steps_per_epoch, "num_steps": stream.num_steps}
+    return plans
+
+
+def _print_reports(reports: dict[str, sft_fast.Report], plans: dict[str, dict[str, Any]], as_json: bool) -> None:
     """Tables, or JSON: the report itself, or one for each name where the configuration named them."""
     if as_json:
-        values: dict[str, Any] = {name: dataclasses.asdict(report) for name, report in reports.items()}
+        values: dict[str, Any] = {
+            name: {**dataclasses.asdict(report), **plans[name]} for name, report in reports.items()
+        }
         typer.echo(json.dumps(values.get("", values), default=str))
         return
     for name, report in reports.items():
-        console.stdout_console().print(console.report_table(report, name or "preprocessed"))
+        table = console.report_table(report, name or "preprocessed", console.plan_rows(**plans[name]))
+        console.stdout_console().print(table)
         if report.num_rejected:
             console.print_note(f"what was left out, and why: {os.path.join(report.path, 'rejected.jsonl')}")
         if report.why_not_fast and not report.reused:

@@ -1,22 +1,24 @@
 """What the commands print: progress, reports, notes and errors. Tables go to stdout, all the rest to stderr.
 
-A terminal gets a moving bar and colours (unless `NO_COLOR` is set); a file or a pipe gets plain lines.
+A terminal gets a moving bar and colours (unless `NO_COLOR` is set); a file or a pipe gets plain lines. The library that
+draws them is half of the start-up, so it is imported where something is printed.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
-from rich.text import Text
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, Task
+    from rich.table import Table
+    from rich.text import Text
+
     from sft_fast._core import Progress as PreprocessState
     from sft_fast.cache import CacheContent, CachedDataset, PruneReport
     from sft_fast.data import Report
@@ -28,21 +30,29 @@ PLAIN_INTERVAL_SECONDS = 5.0
 
 def stdout_console() -> Console:
     """The console for results. Made anew for each use, so that it follows a redirected stdout."""
+    from rich.console import Console
+
     return Console(highlight=False)
 
 
 def stderr_console() -> Console:
     """The console for everything that is not a result."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False)
 
 
 def print_note(text: str) -> None:
     """Tells the user something on stderr that is not an error."""
+    from rich.text import Text
+
     stderr_console().print(Text.assemble(("note: ", "yellow"), text), soft_wrap=True)
 
 
 def print_error(text: str) -> None:
     """Tells the user on stderr why the command ends."""
+    from rich.text import Text
+
     stderr_console().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
@@ -71,23 +81,29 @@ def seconds(duration: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class _Amount(ProgressColumn):
-    """Bytes done of all bytes."""
+def _progress_bar(console: Console) -> Progress:
+    """A bar with bytes done, records and megabytes a second since the start, and the time that is left."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+    from rich.text import Text
 
-    def render(self, task: Task) -> Text:
-        return Text(f"{size(task.completed)} of {size(task.total or 0)}", style="progress.download")
+    class Amount(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{size(task.completed)} of {size(task.total or 0)}", style="progress.download")
 
+    class Rates(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            elapsed = task.elapsed or 0.0
+            if elapsed <= 0:
+                return Text("")
+            num_records = task.fields["num_records"]
+            records = f"{count(num_records / elapsed)} records/s  " if num_records else ""
+            return Text(f"{records}{task.completed / elapsed / 1e6:.1f} MB/s", style="cyan")
 
-class _Rates(ProgressColumn):
-    """Records and megabytes a second, since the start."""
-
-    def render(self, task: Task) -> Text:
-        elapsed = task.elapsed or 0.0
-        if elapsed <= 0:
-            return Text("")
-        num_records = task.fields["num_records"]
-        records = f"{count(num_records / elapsed)} records/s  " if num_records else ""
-        return Text(f"{records}{task.completed / elapsed / 1e6:.1f} MB/s", style="cyan")
+    # Where the line is too narrow, the bar is the one that gives way.
+    amount, rates, left = (column(table_column=Column(no_wrap=True)) for column in (Amount, Rates, TimeRemainingColumn))
+    columns = [TextColumn("{task.description}"), BarColumn(), amount, rates, left]
+    return Progress(*columns, console=console, transient=True)
 
 
 class PreprocessProgress:
@@ -96,23 +112,13 @@ class PreprocessProgress:
     The work has two phases, each over all bytes: a look for the data set in the cache, and the making of it.
     """
 
-    def __init__(self, title: str, console: Console | None = None) -> None:
+    def __init__(self, title: str) -> None:
         self._title = title
-        self._console = console or stderr_console()
         self._bar: Progress | None = None
         self._was_hashing = False
         self._phase_start = self._last_line = time.monotonic()
 
     def __enter__(self) -> PreprocessProgress:
-        if self._console.is_terminal:
-            # Where the line is too narrow, the bar is the one that gives way.
-            amount, rates, left = (
-                column(table_column=Column(no_wrap=True)) for column in (_Amount, _Rates, TimeRemainingColumn)
-            )
-            columns = [TextColumn("{task.description}"), BarColumn(), amount, rates, left]
-            self._bar = Progress(*columns, console=self._console, transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(self._title, total=None, num_records=0)
         return self
 
     def __exit__(
@@ -123,6 +129,11 @@ class PreprocessProgress:
 
     def __call__(self, progress: PreprocessState) -> None:
         """Takes the state of the work: bytes done of all bytes in this phase, and records so far."""
+        if self._bar is None and _is_terminal(sys.stderr):
+            # At the first call: the work has begun, and what is done before needs no bar.
+            self._bar = _progress_bar(stderr_console())
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=None, num_records=0)
         if progress.is_hashing != self._was_hashing:
             self._was_hashing = progress.is_hashing
             self._phase_start = self._last_line = time.monotonic()
@@ -145,15 +156,21 @@ class PreprocessProgress:
         elapsed = now - self._phase_start
         left = (progress.num_total_bytes - progress.num_bytes) / max(progress.num_bytes, 1) * elapsed
         records = "" if progress.is_hashing else f"{count(progress.num_records / elapsed)} records/s, "
-        self._console.print(
+        print(
             f"{title}: {size(progress.num_bytes)} of {size(progress.num_total_bytes)}, {records}"
             f"{progress.num_bytes / elapsed / 1e6:.1f} MB/s, {seconds(left)} left",
-            soft_wrap=True,
+            file=sys.stderr,
+            flush=True,
         )
 
 
-def report_table(report: Report, title: str) -> Table:
-    """The outcome of preprocessing as a table: everything that went in, and where it is now."""
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether a bar can move there; `FORCE_COLOR` says so of a stream that only passes on to one."""
+    return (stream.isatty() and os.environ.get("TERM") != "dumb") or bool(os.environ.get("FORCE_COLOR"))
+
+
+def report_table(report: Report, title: str, more: Sequence[tuple[str, str]] = ()) -> Table:
+    """The outcome of preprocessing as a table: everything that went in, `more` that follows of it, and where it is."""
     rejected = [(f"  {reason}", count(number)) for reason, number in sorted(report.rejected_by_reason.items())]
     share = report.num_label_tokens / max(report.num_tokens, 1)
     rate = report.num_bytes / max(report.seconds, 1e-9) / 1e6
@@ -173,10 +190,26 @@ def report_table(report: Report, title: str) -> Table:
             ("tokens", count(report.num_tokens)),
             ("label tokens", f"{count(report.num_label_tokens)} ({share:.1%})"),
             ("longest sample", f"{count(report.max_sample_tokens)} tokens"),
+            *more,
             ("time", "found in the cache" if report.reused else f"{seconds(report.seconds)}, {rate:.1f} MB/s"),
             ("data set", str(report.path)),
         ],
     )
+
+
+def plan_rows(
+    num_packs: int | None = None,
+    fill_ratio: float = 0.0,
+    num_steps_per_epoch: int | None = None,
+    num_steps: int | None = None,
+) -> list[tuple[str, str]]:
+    """What the samples make: packs and steps, as far as they are known."""
+    rows = []
+    if num_packs is not None:
+        rows.append(("packs", f"{count(num_packs)}, {fill_ratio:.2%} full"))
+    if num_steps_per_epoch is not None and num_steps is not None:
+        rows.append(("steps", f"{count(num_steps)}, {count(num_steps_per_epoch)} an epoch"))
+    return rows
 
 
 def policy_rows(report: Report) -> list[tuple[str, str]]:
@@ -193,6 +226,9 @@ def policy_rows(report: Report) -> list[tuple[str, str]]:
 
 def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
     """A table of names and values without lines."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -203,6 +239,8 @@ def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
 
 def print_cache(content: CacheContent) -> None:
     """The data sets of a cache, two lines each, and what killed runs left."""
+    from rich.text import Text
+
     console = stdout_console()
     for dataset in content.datasets:
         notes = ["in use"] if dataset.is_in_use else []
@@ -223,6 +261,8 @@ def print_cache(content: CacheContent) -> None:
 
 def print_pruned(report: PruneReport) -> None:
     """What was removed from a cache, or would be."""
+    from rich.text import Text
+
     console = stdout_console()
     for dataset in report.datasets:
         console.print(Text(_dataset_line(dataset, [])), soft_wrap=True)
@@ -238,6 +278,8 @@ def print_pruned(report: PruneReport) -> None:
 
 def print_checks(checks: Sequence[Check]) -> None:
     """What was found out about the machine, section by section; below each problem what to do about it."""
+    from rich.text import Text
+
     console = stdout_console()
     marks = {
         "ok": ("ok", "green"),

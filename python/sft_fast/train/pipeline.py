@@ -7,20 +7,21 @@ steps: data sets, checkpoints to go on from, ranks that are started, and started
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from sft_fast import Dataset, Report, ensure_dataset
 from sft_fast.config import resolved_yaml
-from sft_fast.console import PreprocessProgress, count, report_table, seconds, stdout_console, two_columns
+from sft_fast.console import PreprocessProgress, count, report_table, seconds, stdout_console
 from sft_fast.errors import ConfigError, SftFastError
 from sft_fast.train.checkpoint import (
     CLUSTER_NAME,
@@ -91,7 +92,8 @@ class SFTPipeline:
         for path in val_paths.values():
             validation_stream(config, Dataset(path))  # whatever is wrong with it shows before training
         data = _Data(stream.num_steps, reports["train"].path, val_paths)
-        stdout_console().print(two_columns("batch", BatchArithmetic.of(config, stream).rows()))
+        arithmetic = BatchArithmetic.of(config, stream)
+        stdout_console().print(report_table(reports["train"], "train data", arithmetic.rows()))
 
         clean_up(config.output_dir)
         state = self._initial_state(reports["train"])
@@ -105,6 +107,8 @@ class SFTPipeline:
             stack.callback(log_file.close)
             stack.callback(logger.removeHandler, log_file)
             (self._run_directory / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+            content = {"data": {name: asdict(report) for name, report in reports.items()}, "plan": asdict(arithmetic)}
+            (self._run_directory / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             tracker = self._create_tracker()
             stack.callback(tracker.finish)
             try:
@@ -196,7 +200,7 @@ class SFTPipeline:
             shutil.rmtree(converted, ignore_errors=True)
 
     def _ensure_datasets(self) -> dict[str, Report]:
-        """Finds or makes the data sets, and shows what is in them."""
+        """Finds or makes the data sets."""
         config = self._config
         reports = {}
         for name, files in config.data_files().items():
@@ -204,7 +208,8 @@ class SFTPipeline:
                 reports[name] = ensure_dataset(
                     files, config.data_cache_dir, progress=progress, **config.preprocess_options()
                 )
-            stdout_console().print(report_table(reports[name], f"{name} data"))
+        if "validation" in reports:
+            stdout_console().print(report_table(reports["validation"], "validation data"))
         return reports
 
     def _initial_state(self, report: Report) -> TrainState:
