@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 1 << 18
 # Bytes of text that are shown on each side of a hit.
 CONTEXT_BYTES = 60
-# What stands for a token that the tokenizer does not have.
-_UNKNOWN = "�".encode()
 
 
 @dataclass(frozen=True)
@@ -140,9 +138,12 @@ def search(dataset: sft_fast.Dataset, reader: Reader, text: str, *, max_hits: in
         result.num_tokens_searched += len(ids)
         pieces = _token_bytes(reader, ids, sample_ends)
         content = b"".join(pieces)
+        at = content.find(needle)
+        if at < 0:
+            continue
         token_ends = np.fromiter(accumulate(map(len, pieces)), np.int64, len(pieces))
         byte_ends = token_ends[sample_ends - 1]
-        last_sample, at = -1, content.find(needle)
+        last_sample = -1
         while at >= 0:
             within = int(np.searchsorted(byte_ends, at, side="right"))
             if at + len(needle) > byte_ends[within]:  # begun in one sample, ended in the next
@@ -189,8 +190,8 @@ def _chunks(dataset: sft_fast.Dataset) -> Iterator[tuple[int, Any, Any, Any]]:
 def _token_bytes(reader: Reader, ids: Any, sample_ends: Any) -> list[bytes]:
     """The bytes of each token."""
     table = reader.token_bytes
-    if table is not None:
-        return [table[token] if token < len(table) else _UNKNOWN for token in ids.tolist()]
+    if table is not None and ids.max() < len(table):
+        return list(map(table.__getitem__, ids.tolist()))
     pieces: list[bytes] = []
     for start, end in zip([0, *sample_ends[:-1]], sample_ends, strict=True):
         pieces += [piece.encode() for piece in token_texts(reader.tokenizer, ids[start:end].tolist())]

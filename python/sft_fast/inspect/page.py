@@ -184,12 +184,12 @@ def _figures(manifest: dict[str, Any], summary: Summary) -> str:
     tokens, labels = manifest["num_tokens"], manifest["num_label_tokens"]
     rejected = manifest["num_rejected"]
     figures = [
-        ("Samples", count(manifest["num_samples"]), f"of {count(manifest['num_records'])} records"),
-        ("Rejected", count(rejected), f"{rejected / max(manifest['num_records'], 1):.1%} of the records"),
+        ("Samples", _short(manifest["num_samples"]), f"of {_short(manifest['num_records'])} records"),
+        ("Rejected", _short(rejected), f"{rejected / max(manifest['num_records'], 1):.1%} of the records"),
         ("Tokens", _short(tokens), f"{tokens / max(manifest['num_samples'], 1):,.0f} a sample"),
         ("Trained on", f"{labels / max(tokens, 1):.1%}", f"{_short(labels)} label tokens"),
         ("Longest", count(manifest["sample_tokens"].get("max", 0)), f"tokens; median {_quantile(manifest, 'p50')}"),
-        ("Duplicates", count(summary.duplicates.num_redundant), "samples beyond the first of equals"),
+        ("Duplicates", _short(summary.duplicates.num_redundant), "samples beyond the first of equals"),
     ]
     if summary.packs is not None:
         packs = summary.packs
@@ -307,7 +307,8 @@ def _percent_texts(bins: Histogram, what: str) -> list[str]:
 def _answer_rows(bins: Histogram) -> list[tuple[str, int, str]]:
     last = len(bins.counts) - 1
     rows = []
-    for number, num_samples in enumerate(bins.counts):
+    # Some bars at least, so that a single one does not fill the plot.
+    for number, num_samples in enumerate(bins.counts + [0] * (9 - len(bins.counts))):
         name = f"{number}+" if number == last == 20 else str(number)
         rows.append((name, num_samples, f"{name} answers: {count(num_samples)} samples"))
     return rows[1:] if rows and not rows[0][1] and len(rows) > 1 else rows
@@ -426,14 +427,11 @@ def _several(number: int, what: str) -> str:
 
 
 def _short(number: int) -> str:
-    """A count with three digits: `1,234`, `12.3 k`, `4.56 M`."""
-    for unit in ("", " k", " M", " G"):
-        if number < 1000 or unit == " G":
-            break
-        number /= 1000  # type: ignore[assignment]
-    if not unit:
+    """A count, in full up to six digits and then with three: `123,456`, `1.23 M`, `45.6 G`."""
+    if number < 1_000_000:
         return count(number)
-    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}{unit}"
+    value, unit = (number / 1e6, "M") if number < 1e9 else (number / 1e9, "G")
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
 
 def _text(value: object) -> str:

@@ -124,7 +124,7 @@ def balance(rows: list[tuple[int, float, float]]) -> str:
             "y": {
                 "field": "share",
                 "type": "quantitative",
-                "axis": {"title": "slowest rank over the mean", "format": ".0%"},
+                "axis": {"title": "slowest rank over the mean", "format": ".2~%"},
             },
             "color": {"field": "way", "type": "nominal", "scale": scale},
             "description": {"field": "text", "type": "nominal"},
