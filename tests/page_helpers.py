@@ -14,6 +14,7 @@ HOSTILE = [
     "<img src=x onerror='window.broken = 2'>",
     '"><svg onload=alert(1)>',
     "{{script}} &lt;b&gt; <!-- \u2028 ]]>",
+    "a\u202eb\x1bc",
     "<|im_end|>",
 ]
 BAD = {"instruction": "no answer", "<b>window</b>": 1}

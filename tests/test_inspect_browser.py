@@ -87,7 +87,7 @@ def test_records_are_shown_and_not_believed(opened: Any, text: str) -> None:
     show(opened, "random", text)
 
     shown = opened.inner_text("#view .tokens").replace("⏎", "")
-    assert text.replace("\u2028", "") in shown.replace("\u2028", "")
+    assert text.translate({0x2028: "\ufffd", 0x202E: "\ufffd", 0x1B: "\u241b"}) in shown
     assert opened.evaluate("window.broken") is None
     assert opened.locator("#view img, #view svg, #view script").count() == 0
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sft_fast
-from sft_fast.errors import ConfigError
+from sft_fast.errors import ConfigError, DatasetError
 from sft_fast.inspect import find
 from sft_fast.inspect.diff import compare
 from sft_fast.inspect.find import find_source, search
@@ -75,6 +75,16 @@ def test_source_says_why_a_record_was_left_out(tokenizer_dir: Path, tmp_path: Pa
     assert found.samples == []
     assert found.rejected == [json.loads(Path(dataset.path, "rejected.jsonl").read_text(encoding="utf-8"))]
     assert found.rejected[0]["reason"] == "missing_key"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{", encoding="utf-8")])
+def test_damaged_list_of_rejected_records_is_an_error(tokenizer_dir: Path, tmp_path: Path, damage: Any) -> None:
+    """Where `rejected.jsonl` is gone or no JSON, what became of a line cannot be told, and the error names the file."""
+    dataset = make_dataset(tmp_path, tokenizer_dir, random_records(3))
+    damage(Path(dataset.path, "rejected.jsonl"))
+
+    with pytest.raises(DatasetError, match="rejected records"):
+        find_source(dataset, "data.jsonl:1")
 
 
 @pytest.mark.parametrize(

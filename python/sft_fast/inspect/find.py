@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sft_fast.errors import ConfigError
+from sft_fast.errors import ConfigError, DatasetError
 from sft_fast.inspect.tokens import Reader, token_texts
 
 if TYPE_CHECKING:
@@ -64,10 +64,18 @@ def find_source(dataset: sft_fast.Dataset, place: str) -> Found:
 
 
 def rejected_records(dataset: sft_fast.Dataset) -> Iterator[dict[str, Any]]:
-    """The records that were left out, one at a time, as `rejected.jsonl` has them."""
-    with open(os.path.join(dataset.path, "rejected.jsonl"), encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+    """The records that were left out, one at a time, as `rejected.jsonl` has them.
+
+    Raises:
+        DatasetError: the file is missing or damaged.
+    """
+    path = os.path.join(dataset.path, "rejected.jsonl")
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"damaged list of rejected records: {error}", path=path) from error
 
 
 def _file_number(dataset: sft_fast.Dataset, path: str) -> int:

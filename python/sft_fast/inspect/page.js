@@ -11,6 +11,12 @@
     return made;
   };
 
+  // Control characters as pictures, and none that turn the direction of writing: they could hide what is there.
+  const visible = (text) => text
+    .replace(/[\u0000-\u0008\u000b-\u001f]/g, (one) => String.fromCharCode(0x2400 + one.charCodeAt(0)))
+    .replace(/[\u007f-\u009f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g, "\ufffd")
+    .replace(/\n/g, "⏎\n");
+
   // The theme: as the system, light, dark. Kept where the browser allows it.
   const themes = [["", "◐", "as the system"], ["light", "☀", "light"], ["dark", "☾", "dark"]];
   const remember = (value) => {
@@ -137,7 +143,7 @@
       if (index % 2) className += " odd";
       if (control.has(index)) className += " control";
       if (spelled.has(index)) className += " spelled";
-      const shown = text.replace(/\n/g, "⏎\n");
+      const shown = visible(text);
       const token = element("span", className);
       while (hit < hits.length && hits[hit] + wanted.length <= place) hit += 1;
       if (hit < hits.length && hits[hit] < place + text.length && text) {
