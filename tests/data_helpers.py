@@ -139,12 +139,14 @@ def write_dataset(
             }
         )
     (directory / "rejected.jsonl").write_bytes(b"")
-    segments = json.dumps({"blake3": None, "num_samples": len(samples)}).encode() + b"\n" if samples else b""
+    segments = (
+        json.dumps({"blake3": None, "num_samples": len(samples), "shapes": None}).encode() + b"\n" if samples else b""
+    )
     (directory / "segments.jsonl").write_bytes(segments)
     lengths = sorted(len(ids) for ids, _ in samples) or [0]
     manifest = {
         "format": "sft-fast dataset",
-        "format_version": 2,
+        "format_version": 3,
         "recipe": {
             "sequence_length": 1 << 20,
             "too_long": "reject",
@@ -157,6 +159,9 @@ def write_dataset(
             "prompt_key": "instruction",
             "query_key": None,
             "response_key": "output",
+            "history_key": None,
+            "text_key": "text",
+            "record_shape": "auto",
             "tokenizer_sha256": "0" * 64,
             "template_sha256": "0" * 64,
             "template_date": None,
@@ -171,6 +176,7 @@ def write_dataset(
         "num_records": len(samples),
         "num_samples": len(samples),
         "num_rejected": 0,
+        "records_by_shape": {},
         "rejected_by_reason": {},
         "num_truncated": 0,
         "num_split_samples": 0,

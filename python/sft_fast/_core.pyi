@@ -46,6 +46,9 @@ class Progress:
     def num_rejected(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
+    @property
+    def records_by_shape(self) -> dict[str, int]:
+        """Records that could be read, by the name of their shape; shapes that did not occur are left out."""
 
 def preprocess(
     files: Sequence[str | PathLike[str]],
@@ -59,6 +62,9 @@ def preprocess(
     prompt_key: str,
     query_key: str | None,
     response_key: str,
+    history_key: str | None,
+    text_key: str,
+    record_shape: str,
     template_date: str | None,
     num_threads: int | None,
     on_error: str,

@@ -123,6 +123,12 @@ def preprocess(
     prompt_key: Annotated[str, typer.Option(help="Field of the prompt.")] = "instruction",
     query_key: Annotated[str | None, typer.Option(help="Field of further input.")] = None,
     response_key: Annotated[str, typer.Option(help="Field of the answer.")] = "output",
+    history_key: Annotated[str | None, typer.Option(help="Field of earlier turns, pairs of prompt and answer.")] = None,
+    text_key: Annotated[str, typer.Option(help="Field of plain text.")] = "text",
+    record_shape: Annotated[
+        Literal["auto", "fields", "messages", "conversations", "prompt_completion", "text"],
+        typer.Option(help="The shape that every record has; auto: that which its keys show."),
+    ] = "auto",
     template_date: Annotated[str | None, typer.Option(help="Date that the template takes for today.")] = None,
     num_threads: Annotated[int | None, typer.Option(min=1, help="Threads; one a core if not given.")] = None,
     on_error: Annotated[
@@ -189,6 +195,9 @@ def preprocess(
             prompt_key=prompt_key,
             query_key=query_key,
             response_key=response_key,
+            history_key=history_key,
+            text_key=text_key,
+            record_shape=record_shape,
             template_date=template_date,
             num_threads=num_threads,
             on_error=on_error,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -115,7 +115,7 @@ class PreprocessProgress:
     def __init__(self, title: str) -> None:
         self._title = title
         self._bar: Progress | None = None
-        self._was_hashing = False
+        self._was_hashing = self._is_shape_said = False
         self._phase_start = self._last_line = time.monotonic()
 
     def __enter__(self) -> PreprocessProgress:
@@ -134,6 +134,14 @@ class PreprocessProgress:
             self._bar = _progress_bar(stderr_console())
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=None, num_records=0)
+        if progress.records_by_shape and not self._is_shape_said:
+            self._is_shape_said = True
+            # Said from the first records on, so that a wrong guess costs no more than a look.
+            line = f"{self._title}: records of the shape {shapes(progress.records_by_shape)}"
+            if self._bar is None:
+                print(line, file=sys.stderr)
+            else:
+                self._bar.console.print(line, soft_wrap=True)
         if progress.is_hashing != self._was_hashing:
             self._was_hashing = progress.is_hashing
             self._phase_start = self._last_line = time.monotonic()
@@ -169,6 +177,14 @@ def _is_terminal(stream: TextIO) -> bool:
     return (stream.isatty() and os.environ.get("TERM") != "dumb") or bool(os.environ.get("FORCE_COLOR"))
 
 
+def shapes(records_by_shape: Mapping[str, int]) -> str:
+    """What shapes the records have: `messages`, or `messages 1,200, fields 3`."""
+    is_one = len(records_by_shape) == 1
+    return (
+        ", ".join(name if is_one else f"{name} {count(number)}" for name, number in records_by_shape.items()) or "none"
+    )
+
+
 def report_table(report: Report, title: str, more: Sequence[tuple[str, str]] = ()) -> Table:
     """The outcome of preprocessing as a table: everything that went in, `more` that follows of it, and where it is."""
     rejected = [(f"  {reason}", count(number)) for reason, number in sorted(report.rejected_by_reason.items())]
@@ -178,6 +194,7 @@ def report_table(report: Report, title: str, more: Sequence[tuple[str, str]] = (
         title,
         [
             ("records", count(report.num_records)),
+            ("shapes", shapes(report.records_by_shape)),
             ("samples", count(report.num_samples)),
             *(
                 [("  of an older data set", count(report.num_reused_samples))]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # numpy is a large part of the start-up, and preprocessing ne
     import pyarrow
     from numpy.typing import NDArray
 
+RecordShape = Literal["auto", "fields", "messages", "conversations", "prompt_completion", "text"]
+"""How a record says what it says; see docs/data.md."""
+
 Batch = dict[str, Any]
 """Arrays of a micro-batch; see `Packing.batch`."""
 
@@ -38,6 +41,8 @@ class Report:
     num_rejected: int
     rejected_by_reason: dict[str, int]
     """Records left out by reason code; each is a line of `rejected.jsonl`."""
+    records_by_shape: dict[str, int]
+    """Records that could be read, by their shape."""
     num_truncated: int
     """Samples that lost their end to `sequence_length`, by `too_long="truncate_turns"` or `"truncate"`."""
     num_cut_answers: int
@@ -86,6 +91,9 @@ def preprocess(
     prompt_key: str = "instruction",
     query_key: str | None = None,
     response_key: str = "output",
+    history_key: str | None = None,
+    text_key: str = "text",
+    record_shape: RecordShape = "auto",
     template_date: str | None = None,
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
@@ -104,8 +112,7 @@ def preprocess(
     dataset already, nothing is done. If anything fails, `output_dir` is as it was.
 
     Args:
-        files: Paths or globs of JSON Lines files or JSON arrays. A record has `messages` (OpenAI's shape) or the fields
-            named below.
+        files: Paths or globs of JSON Lines files or JSON arrays.
         output_dir: Directory of the dataset; must be new, empty, or a dataset.
         tokenizer: Directory of a model with `tokenizer.json`.
         template: `native` (the model's own chat template), a name such as `qwen2_5`, or a `.jinja` file.
@@ -114,6 +121,10 @@ def preprocess(
         prompt_key: Field of the prompt.
         query_key: Field that is appended to the prompt after a newline; a record may lack it.
         response_key: Field of the answer.
+        history_key: Field of earlier turns, a list of pairs of prompt and answer; a record may lack it.
+        text_key: Field of plain text, which no chat template frames.
+        record_shape: The shape that every record has: `fields`, `messages`, `conversations`, `prompt_completion` or
+            `text`. `auto` reads each record by its keys.
         template_date: The date, as 2026-01-31, that a chat template takes for today if it asks; by default today's.
         num_threads: Threads that encode; one for each core by default.
         on_error: `raise` stops at the first wrong record; `skip` leaves wrong records out, lists them in
@@ -151,7 +162,8 @@ def preprocess(
     """
     return _preprocess(output_dir, in_cache=False, overwrite=overwrite, files=files, tokenizer=tokenizer,
                        template=template, sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
-                       query_key=query_key, response_key=response_key, template_date=template_date,
+                       query_key=query_key, response_key=response_key, history_key=history_key, text_key=text_key,
+                       record_shape=record_shape, template_date=template_date,
                        num_threads=num_threads, on_error=on_error, too_long=too_long, control_tokens=control_tokens,
                        train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
                        dropped_thinking=dropped_thinking, progress=progress)  # fmt: skip
@@ -168,6 +180,9 @@ def ensure_dataset(
     prompt_key: str = "instruction",
     query_key: str | None = None,
     response_key: str = "output",
+    history_key: str | None = None,
+    text_key: str = "text",
+    record_shape: RecordShape = "auto",
     template_date: str | None = None,
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
@@ -198,7 +213,8 @@ def ensure_dataset(
         report = _preprocess(
             cache_dir, in_cache=True, overwrite=False, files=files, tokenizer=tokenizer, template=template,
             sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key, query_key=query_key,
-            response_key=response_key, template_date=template_date, num_threads=num_threads, on_error=on_error,
+            response_key=response_key, history_key=history_key, text_key=text_key, record_shape=record_shape,
+            template_date=template_date, num_threads=num_threads, on_error=on_error,
             too_long=too_long, control_tokens=control_tokens,
                        train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
                        dropped_thinking=dropped_thinking, progress=progress,
@@ -246,8 +262,9 @@ def _preprocess(
 
 
 _REPORTED = (
-    "fingerprint", "num_records", "num_samples", "num_rejected", "rejected_by_reason", "num_truncated",
-    "num_cut_answers", "num_split_samples", "num_skipped_answers", "num_control_text", "num_tokens", "num_label_tokens",
+    "fingerprint", "num_records", "num_samples", "num_rejected", "rejected_by_reason", "records_by_shape",
+    "num_truncated", "num_cut_answers", "num_split_samples", "num_skipped_answers", "num_control_text", "num_tokens",
+    "num_label_tokens",
 )  # fmt: skip
 
 

@@ -321,6 +321,15 @@ class SFTConfig:
     response_key: str = "output"
     """Field that holds the answer, which is what trains."""
 
+    history_key: str | None = None
+    """Field that holds earlier turns, a list of pairs of prompt and answer. Ours."""
+
+    text_key: str = "text"
+    """Field that holds plain text, which no chat template frames. Ours."""
+
+    record_shape: Literal["auto", "fields", "messages", "conversations", "prompt_completion", "text"] = "auto"
+    """The shape that every record has. `auto` reads each record by its keys. Ours."""
+
     global_template: str | None = None
     """Chat template of the whole run; replaces `sft_train.data_args.template`."""
 
@@ -451,6 +460,9 @@ class SFTConfig:
             "prompt_key": self.prompt_key,
             "query_key": self.query_key,
             "response_key": self.response_key,
+            "history_key": self.history_key,
+            "text_key": self.text_key,
+            "record_shape": self.record_shape,
             "template_date": self.template_date,
             "num_threads": self.sft_train.data_args.preprocessing_num_workers,
             "on_error": self.on_error,

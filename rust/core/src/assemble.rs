@@ -145,7 +145,7 @@ impl Assembler {
         self.shards.push(finish_shard(self.shard)?);
         Listing::create(&self.directory, REJECTED_NAME)?.finish()?;
         let mut segments = Listing::create(&self.directory, SEGMENTS_NAME)?;
-        segments.push(&Segment { blake3: None, num_samples })?;
+        segments.push(&Segment { blake3: None, num_samples, shapes: None })?;
         let Description { sequence_length, vocab_size, pad_token_id, tokenizer } = self.description;
         let tokenizer_file = Path::new(&tokenizer).join("tokenizer.json");
         let recipe = Recipe {
@@ -160,6 +160,9 @@ impl Assembler {
             prompt_key: "input_ids".into(),
             query_key: None,
             response_key: "labels".into(),
+            history_key: None,
+            text_key: "text".into(),
+            record_shape: "auto".into(),
             tokenizer_sha256: match tokenizer.is_empty() {
                 true => String::new(),
                 false => sha256_of_file(&tokenizer_file)?,
@@ -188,6 +191,7 @@ impl Assembler {
             num_samples,
             num_rejected: 0,
             rejected_by_reason: BTreeMap::new(),
+            records_by_shape: BTreeMap::new(),
             num_split_samples: 0,
             num_truncated: 0,
             num_cut_answers: 0,

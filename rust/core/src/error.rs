@@ -14,6 +14,8 @@ pub enum ErrorKind {
     RecordTooLarge,
     /// A key that the record needs is not there.
     MissingKey,
+    /// The record has another shape than the settings say.
+    WrongShape,
     /// A value has another type than expected.
     WrongType,
     /// An object names the same key twice.
@@ -87,6 +89,7 @@ impl ErrorKind {
             Self::InvalidJson => "invalid_json",
             Self::RecordTooLarge => "record_too_large",
             Self::MissingKey => "missing_key",
+            Self::WrongShape => "wrong_shape",
             Self::WrongType => "wrong_type",
             Self::DuplicateKey => "duplicate_key",
             Self::UnknownRole => "unknown_role",

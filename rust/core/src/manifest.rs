@@ -19,7 +19,7 @@ pub const SEGMENTS_NAME: &str = "segments.jsonl";
 /// What the key `format` of a manifest says.
 pub const DATASET_FORMAT: &str = "sft-fast dataset";
 /// Version of the format, part of the fingerprint.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// A manifest that is larger is not read.
 const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 
@@ -45,6 +45,8 @@ pub struct Segment {
     pub blake3: Option<String>,
     /// Samples that came of it.
     pub num_samples: u64,
+    /// Its records by their shape, where it has a hash.
+    pub shapes: Option<BTreeMap<String, u64>>,
 }
 
 /// Everything but the input bytes that decides what a dataset holds. Written to the manifest, hashed into the fingerprint.
@@ -73,6 +75,12 @@ pub struct Recipe {
     pub query_key: Option<String>,
     /// Field of the answer.
     pub response_key: String,
+    /// Field of earlier turns.
+    pub history_key: Option<String>,
+    /// Field of plain text.
+    pub text_key: String,
+    /// The shape that all records have; `auto`: that which their keys show.
+    pub record_shape: String,
     /// SHA-256 of `tokenizer.json`.
     pub tokenizer_sha256: String,
     /// SHA-256 of the chat template's text and of the special tokens that it can print.
@@ -124,6 +132,8 @@ pub struct Manifest {
     pub num_rejected: u64,
     /// Records left out, by reason code.
     pub rejected_by_reason: BTreeMap<String, u64>,
+    /// Records that could be read, by their shape.
+    pub records_by_shape: BTreeMap<String, u64>,
     /// Samples of a record beyond its first.
     pub num_split_samples: u64,
     /// Samples that lost their end.
@@ -185,6 +195,10 @@ impl Manifest {
         equal("rejects by reason", self.num_rejected, sum(self.rejected_by_reason.values().copied()))?;
         equal("samples of the shards", self.num_samples, sum(self.shards.iter().map(|shard| shard.num_samples)))?;
         equal("tokens of the shards", self.num_tokens, sum(self.shards.iter().map(|shard| shard.num_tokens)))?;
+        match sum(self.records_by_shape.values().copied()) {
+            Some(num_read) if num_read <= self.num_records => {}
+            found => return Err(format!("expected at most {} records by shape, found {found:?}", self.num_records)),
+        }
         if self.pad_token_id >= self.vocab_size {
             let Self { vocab_size, pad_token_id, .. } = self;
             return Err(format!("expected pad_token_id to be below vocab_size {vocab_size}, found {pad_token_id}"));

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::hash::{sha256, sha256_of_file};
 use crate::template::{self, ChatTemplate, DateTime};
+use crate::tokenize::frame::TextFrame;
 use crate::tokenize::{self, Tokenizer};
 
 /// A tokenizer and the chat template that goes with it.
@@ -25,6 +26,8 @@ pub struct Model {
     pub template_date: String,
     /// Token that fills rows: the tokenizer's padding token, or its end token, or 0.
     pub pad_token_id: u32,
+    /// The tokens around plain text.
+    pub text_frame: TextFrame,
 }
 
 impl Model {
@@ -44,6 +47,10 @@ impl Model {
             .flatten()
             .find_map(|token| tokenizer.token_to_id(token))
             .unwrap_or(0);
+        let path = directory.join("tokenizer.json");
+        let json = std::fs::read(&path).map_err(|error| Error::io("read", &path, &error))?;
+        let text_frame = TextFrame::new(&json, special("eos_token"))
+            .map_err(|message| Error::new(ErrorKind::Tokenizer, message).with_path(&path))?;
         let canonical = serde_json::to_vec(&(&source, &special_tokens)).expect("plain data");
         let template_sha256 = sha256(&canonical);
         Ok(Self {
@@ -55,6 +62,7 @@ impl Model {
             template_sha256,
             template_date: clock.to_string(),
             pad_token_id,
+            text_frame,
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::conversation::{Answers, Conversation};
+use crate::conversation::{Answers, Content, Conversation, PlainText};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Model;
 use crate::sample::{Fit, TooLong, fit};
@@ -86,6 +86,71 @@ impl<'a> Sampler<'a> {
         }
     }
 
+    /// Makes the samples of a record; see [`samples`](Self::samples) and [`plain_sample`](Self::plain_sample).
+    ///
+    /// # Errors
+    /// What is wrong with the record.
+    pub fn record_samples(
+        &mut self,
+        model: &Model,
+        content: &mut Content<'_>,
+        sequence_length: u32,
+        too_long: TooLong,
+        take: impl FnMut(&[u32], &[Range<u32>]),
+    ) -> Result<Tally> {
+        match content {
+            Content::Chat(conversation) => self.samples(model, conversation, sequence_length, too_long, take),
+            Content::Text(text) => self.plain_sample(model, text, sequence_length, too_long, take),
+        }
+    }
+
+    /// Makes the sample of `plain`: its prompt and text as they are, the token that ends a text unless it ends with that
+    /// already, and around them what the tokenizer adds by itself.
+    ///
+    /// # Errors
+    /// What is wrong with the text; [`ErrorKind::Tokenizer`] where no token ends a text.
+    fn plain_sample(
+        &mut self,
+        model: &Model,
+        plain: &PlainText<'_>,
+        sequence_length: u32,
+        too_long: TooLong,
+        mut take: impl FnMut(&[u32], &[Range<u32>]),
+    ) -> Result<Tally> {
+        let frame = &model.text_frame;
+        let Some(end) = &frame.end else {
+            let message = "expected a tokenizer with an eos_token, which ends plain text, found none";
+            return Err(Error::new(ErrorKind::Tokenizer, message)
+                .with_path(&model.directory)
+                .with_hint("name one in tokenizer_config.json"));
+        };
+        let text = plain.text.strip_suffix(&**end).unwrap_or(&plain.text);
+        let prompt_bytes = plain.prompt.len();
+        self.rendered.set_plain(&[&plain.prompt, text], end, prompt_bytes);
+        self.find_control_text(model)?;
+        self.encode()?;
+        let Tokens { ids, runs } = &mut self.tokens;
+        ids.splice(0..0, frame.before.iter().copied());
+        let num_before = frame.before.len() as u32;
+        runs.iter_mut().for_each(|run| *run = run.start + num_before..run.end + num_before);
+        let num_tokens = ids.len() as u32;
+        ids.extend(&frame.behind);
+        if let (Some(first), true) = (runs.first_mut(), prompt_bytes == 0) {
+            first.start = 0;
+        }
+        if let Some(last) = runs.last_mut().filter(|last| last.end == num_tokens) {
+            last.end = ids.len() as u32;
+        }
+        let fit = fit(ids.len(), runs, sequence_length, too_long)?;
+        take(&ids[..fit.num_tokens], runs);
+        Ok(Tally {
+            num_truncated: u64::from(fit.is_cut),
+            num_cut_answers: u64::from(fit.is_answer_cut),
+            num_control_text: u64::from(!self.control_text.is_empty()),
+            ..Tally::default()
+        })
+    }
+
     /// Makes the samples of `conversation`, of at most `sequence_length` tokens, and hands the tokens of each to `take`. They
     /// count only if all of them come to be.
     ///
@@ -159,37 +224,42 @@ impl<'a> Sampler<'a> {
     /// Renders and encodes `conversation` into the buffers.
     pub fn sample(&mut self, model: &Model, conversation: &Conversation<'_>) -> Result<()> {
         self.render(model, conversation)?;
-        let Rendered { text, spans, stretches, .. } = &self.rendered;
-        if self.policies.control_tokens == ControlPolicy::Allow {
-            let source = Input { text, spans, ..Input::default() };
-            return self.encoder.encode(source, &mut self.tokens);
-        }
-        let source = Input { text, spans, plain: &self.control_text, stretches };
-        self.encoder.encode(source, &mut self.tokens).map_err(|error| match error.kind() {
+        self.encode().map_err(|error| match error.kind() {
             ErrorKind::ControlText => in_message(error, conversation, model.tokenizer.control_tokens()),
             _ => error,
         })
     }
 
+    /// Encodes the text in the buffers.
+    fn encode(&mut self) -> Result<()> {
+        let Rendered { text, spans, stretches, .. } = &self.rendered;
+        let source = match self.policies.control_tokens {
+            ControlPolicy::Allow => Input { text, spans, ..Input::default() },
+            _ => Input { text, spans, plain: &self.control_text, stretches },
+        };
+        self.encoder.encode(source, &mut self.tokens)
+    }
+
     /// Renders `conversation` into the buffers, and finds in its text what spells a control token.
     pub fn render(&mut self, model: &Model, conversation: &Conversation<'_>) -> Result<()> {
-        let Policies { dropped_thinking, trains_on_thinking, control_tokens, .. } = self.policies;
+        let Policies { dropped_thinking, trains_on_thinking, .. } = self.policies;
         model.template.render(conversation, &mut self.rendered)?;
         model.template.review(conversation, &mut self.rendered, dropped_thinking, trains_on_thinking)?;
+        self.find_control_text(model).map_err(|error| in_message(error, conversation, model.tokenizer.control_tokens()))
+    }
+
+    /// Finds in the text in the buffers where the record spells a control token.
+    fn find_control_text(&mut self, model: &Model) -> Result<()> {
         let Rendered { text, stretches, .. } = &self.rendered;
-        if control_tokens == ControlPolicy::Allow {
+        if self.policies.control_tokens == ControlPolicy::Allow {
             return Ok(());
         }
-        let control = model.tokenizer.control_tokens();
-        control
-            .find(text, stretches, &mut self.control_text)
-            .map_err(|error| in_message(error, conversation, control))?;
-        match (control_tokens, self.control_text.first()) {
+        model.tokenizer.control_tokens().find(text, stretches, &mut self.control_text)?;
+        match (self.policies.control_tokens, self.control_text.first()) {
             (ControlPolicy::Reject, Some(found)) => {
                 let message =
                     format!("expected no control token in the text of a record, found '{}'", &text[found.clone()]);
-                let error = Error::new(ErrorKind::ControlText, message);
-                Err(in_message(error, conversation, control))
+                Err(Error::new(ErrorKind::ControlText, message))
             }
             _ => Ok(()),
         }

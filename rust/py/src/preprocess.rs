@@ -1,11 +1,12 @@
 //! `preprocess`: one call that makes a dataset.
 
+use std::collections::BTreeMap;
 use std::num::NonZero;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use sft_fast_core::conversation::FieldMapping;
+use sft_fast_core::conversation::{FieldMapping, Shape};
 use sft_fast_core::model::Model;
 use sft_fast_core::preprocess::{self as core, MAX_SHARD_TOKENS, OnError, Options, Place};
 use sft_fast_core::sample::TooLong;
@@ -22,6 +23,8 @@ pub struct Progress {
     num_records: u64,
     num_rejected: u64,
     num_tokens: u64,
+    /// Records read, by the name of their shape.
+    records_by_shape: BTreeMap<String, u64>,
 }
 
 /// Makes a dataset and returns (path, manifest as JSON, whether it was there already, samples taken from an older one,
@@ -29,7 +32,7 @@ pub struct Progress {
 /// tokenizer was taken).
 #[pyfunction]
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
-    query_key, response_key, template_date, num_threads, on_error,
+    query_key, response_key, history_key, text_key, record_shape, template_date, num_threads, on_error,
     too_long, policies, overwrite, progress, file_names=None, chunk_bytes=None, max_shard_tokens=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub fn preprocess(
@@ -44,6 +47,9 @@ pub fn preprocess(
     prompt_key: String,
     query_key: Option<String>,
     response_key: String,
+    history_key: Option<String>,
+    text_key: String,
+    record_shape: &str,
     template_date: Option<String>,
     num_threads: Option<NonZero<usize>>,
     on_error: &str,
@@ -62,7 +68,15 @@ pub fn preprocess(
             true => Place::Cache(output_dir),
             false => Place::Directory { path: output_dir, overwrite },
         },
-        mapping: FieldMapping { system_key, prompt_key, query_key, response_key },
+        mapping: FieldMapping { system_key, prompt_key, query_key, response_key, history_key, text_key },
+        record_shape: match (record_shape, Shape::named(record_shape)) {
+            ("auto", _) => None,
+            (_, Some(shape)) => Some(shape),
+            (found, None) => {
+                let known = "'auto', 'fields', 'messages', 'conversations', 'prompt_completion' or 'text'";
+                return Err(unknown(py, "record_shape", known, found));
+            }
+        },
         sequence_length,
         policies: policies::read(policies)?,
         too_long: TooLong::named(too_long)
@@ -89,6 +103,7 @@ pub fn preprocess(
                     num_records: state.num_records,
                     num_rejected: state.num_rejected,
                     num_tokens: state.num_tokens,
+                    records_by_shape: state.shapes.to_map(),
                 };
                 progress.call1(py, (state,)).map(drop)
             })

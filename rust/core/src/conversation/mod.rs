@@ -1,5 +1,7 @@
 //! Record → conversation: which fields hold what, and the checks that need no template and no tokenizer.
 
+mod history;
+mod shape;
 mod sharegpt;
 mod trained;
 
@@ -9,6 +11,7 @@ use std::collections::HashSet;
 use crate::error::{Error, ErrorKind, Result};
 use crate::json::{self, Data, Member, Value};
 
+pub use shape::{Content, PlainText, Record, Shape, ShapeCounts};
 pub use trained::Answers;
 
 /// Who speaks. The names are those of OpenAI's chat format, which chat templates expect.
@@ -94,17 +97,27 @@ pub struct FieldMapping {
     pub query_key: Option<String>,
     /// Field of the answer; required.
     pub response_key: String,
+    /// Field of the turns before, an array of pairs of prompt and answer; a record may lack it.
+    pub history_key: Option<String>,
+    /// Field of plain text.
+    pub text_key: String,
 }
 
 impl Default for FieldMapping {
     fn default() -> Self {
-        Self { system_key: None, prompt_key: "instruction".into(), query_key: None, response_key: "output".into() }
+        Self {
+            system_key: None,
+            prompt_key: "instruction".into(),
+            query_key: None,
+            response_key: "output".into(),
+            history_key: None,
+            text_key: "text".into(),
+        }
     }
 }
 
 impl<'a> Conversation<'a> {
-    /// Reads a record. Its keys say which shape it has, record by record: `messages` (OpenAI's, `tools` beside it),
-    /// `conversations` (ShareGPT's `from` and `value`, see [`sharegpt`]), or the mapped fields.
+    /// Reads a record that holds turns, of whatever shape.
     ///
     /// For fields, the user's text is the prompt, or the prompt, a newline and the query where the query is not empty. A
     /// system field that is missing, null or empty makes no system message, so that the template's own default applies.
@@ -112,28 +125,13 @@ impl<'a> Conversation<'a> {
     /// # Errors
     /// Every error is of class [`Input`](crate::error::ErrorClass::Input) and carries the byte offset in the record.
     pub fn from_record(record: Value<'a>, mapping: &FieldMapping) -> Result<Self> {
-        let type_name = record.type_name();
-        let Data::Object(mut members) = record.data else {
-            return Err(Error::new(ErrorKind::WrongType, format!("expected a record (an object), found {type_name}"))
-                .at_offset(record.offset));
-        };
-        refuse_repeated_keys(&members, "")?;
-        let mut conversation = if let Some(messages) = take(&mut members, "messages") {
-            Self::from_messages(messages)?
-        } else if let Some(messages) = take(&mut members, "conversations") {
-            let system = match &mapping.system_key {
-                Some(key) => optional_text(&mut members, key)?,
-                None => None,
-            };
-            sharegpt::read(messages, system)?
-        } else {
-            return Self::from_fields(members, record.offset, mapping);
-        };
-        conversation.tools = match take(&mut members, "tools") {
-            None => None,
-            Some(tools) => read_tools(tools)?,
-        };
-        Ok(conversation)
+        let offset = record.offset;
+        match Record::read(record, mapping, None)?.content {
+            Content::Chat(conversation) => Ok(conversation),
+            Content::Text(_) => {
+                Err(Error::new(ErrorKind::WrongShape, "expected turns, found plain text").at_offset(offset))
+            }
+        }
     }
 
     fn from_fields(mut members: Vec<Member<'a>>, offset: usize, mapping: &FieldMapping) -> Result<Self> {
@@ -142,6 +140,9 @@ impl<'a> Conversation<'a> {
             && let Some(system) = optional_text(&mut members, key)?
         {
             messages.push(Message::new(Role::System, system));
+        }
+        if let Some(key) = &mapping.history_key {
+            history::read(&mut members, key, &mut messages)?;
         }
         let query = match &mapping.query_key {
             Some(key) => optional_text(&mut members, key)?,
@@ -168,15 +169,14 @@ impl<'a> Conversation<'a> {
         Ok(Self { messages, tools: None })
     }
 
-    fn from_messages(messages: Value<'a>) -> Result<Self> {
+    fn from_messages(messages: Value<'a>, place: &str) -> Result<Self> {
         let offset = messages.offset;
         let type_name = messages.type_name();
         let Data::Array(values) = messages.data else {
-            return Err(wrong_type("an array of messages", type_name, offset, "messages"));
+            return Err(wrong_type("an array of messages", type_name, offset, place));
         };
-        let read = |(index, value)| Message::from_value(value, index);
-        let messages = values.into_iter().enumerate().map(read).collect::<Result<Vec<_>>>()?;
-        require_answer(&messages, offset, "messages")?;
+        let messages = shape::read_messages(values, place)?;
+        require_answer(&messages, offset, place)?;
         Ok(Self { messages, tools: None })
     }
 }
@@ -208,31 +208,30 @@ fn read_tools(tools: Value<'_>) -> Result<Option<Value<'_>>> {
 }
 
 impl<'a> Message<'a> {
-    fn from_value(value: Value<'a>, index: usize) -> Result<Self> {
-        let place = || format!("messages[{index}]");
+    fn from_value(value: Value<'a>, place: &str) -> Result<Self> {
         let offset = value.offset;
         let type_name = value.type_name();
         let Data::Object(mut fields) = value.data else {
-            return Err(wrong_type("a message (an object)", type_name, offset, &place()));
+            return Err(wrong_type("a message (an object)", type_name, offset, place));
         };
-        refuse_repeated_keys(&fields, &format!("{}.", place()))?;
+        refuse_repeated_keys(&fields, &format!("{place}."))?;
         let find = |key: &str| fields.iter().find(|member| member.key == key).map(|member| &member.value);
         let missing = |key: &str| {
             let found: Vec<_> = fields.iter().map(|member| &*member.key).collect();
             Error::new(ErrorKind::MissingKey, format!("expected the key '{key}', found {}", quoted(&found)))
                 .at_offset(offset)
-                .at_location(place())
+                .at_location(place)
         };
 
         let role = find("role").ok_or_else(|| missing("role"))?;
         let name = role
             .as_str()
-            .ok_or_else(|| wrong_type("a string", role.type_name(), role.offset, &format!("{}.role", place())))?;
+            .ok_or_else(|| wrong_type("a string", role.type_name(), role.offset, &format!("{place}.role")))?;
         let role = Role::named(name).ok_or_else(|| {
             let known = Role::ALL.map(Role::as_str);
             Error::new(ErrorKind::UnknownRole, format!("expected a role of {}, found '{name}'", quoted(&known)))
                 .at_offset(role.offset)
-                .at_location(format!("{}.role", place()))
+                .at_location(format!("{place}.role"))
         })?;
 
         let calls_tools =
@@ -244,19 +243,19 @@ impl<'a> Message<'a> {
             Some(Value { data: Data::Null, .. }) if !is_answer && role == Role::Assistant => {}
             Some(content) => match &content.data {
                 Data::String(text) if is_answer && text.trim().is_empty() => {
-                    return Err(empty_answer(content.offset, &format!("{}.content", place())));
+                    return Err(empty_answer(content.offset, &format!("{place}.content")));
                 }
                 Data::Array(parts) if is_answer && parts.is_empty() => {
-                    return Err(empty_answer(content.offset, &format!("{}.content", place())));
+                    return Err(empty_answer(content.offset, &format!("{place}.content")));
                 }
                 Data::String(_) | Data::Array(_) => {}
                 _ => {
-                    let place = format!("{}.content", place());
+                    let place = format!("{place}.content");
                     return Err(wrong_type("a text or a list of parts", content.type_name(), content.offset, &place));
                 }
             },
         }
-        let is_trained = trained::take_flag(&mut fields, role, &place())?;
+        let is_trained = trained::take_flag(&mut fields, role, place)?;
         Ok(Self { role, fields, is_trained })
     }
 }

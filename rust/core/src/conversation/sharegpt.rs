@@ -1,7 +1,8 @@
 //! ShareGPT's shape: `conversations`, an array of `{"from": …, "value": …}`, with the names that its users give to roles.
 //!
 //! `function_call` is an assistant message whose value is the call, or an array of calls, as JSON; `observation` is the
-//! result of one. Both become what OpenAI's shape has for them, which is what chat templates render.
+//! result of one. Both become what OpenAI's shape has for them, which is what chat templates render. A message with `role`
+//! instead of `from` is read as one of OpenAI's shape: many data sets keep such messages under this name.
 
 use std::borrow::Cow;
 
@@ -48,6 +49,10 @@ fn read_message<'a>(value: Value<'a>, place: &str) -> Result<Message<'a>> {
     let Data::Object(mut members) = value.data else {
         return Err(wrong_type("a message (an object)", type_name, offset, place));
     };
+    let has = |key: &str| members.iter().any(|member| member.key == key);
+    if has("role") && !has("from") {
+        return Message::from_value(Value { offset, data: Data::Object(members) }, place);
+    }
     refuse_repeated_keys(&members, &format!("{place}."))?;
     let (from, from_offset) = take_text(&mut members, "from", offset, place)?;
     let Some((_, role)) = NAMES.iter().find(|(name, _)| *name == from) else {
@@ -136,6 +141,23 @@ mod tests {
         let Data::Object(function) = &call[1].value.data else { panic!("a function is an object") };
         assert_eq!(Some("f"), function[0].value.as_str());
         assert!(matches!(conversation.tools, Some(Value { data: Data::Array(_), .. })));
+    }
+
+    // A message with `role` is one of OpenAI's shape, with its place in this array.
+    #[test]
+    fn openai_messages_are_read() {
+        let text = r#"{"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}"#;
+        let expected = text.replace("conversations", "messages");
+        let contents = |text: &str| -> Vec<_> {
+            let messages = read(text).unwrap().messages;
+            messages
+                .iter()
+                .map(|message| (message.role, message.get("content").unwrap().as_str().unwrap().to_owned()))
+                .collect()
+        };
+        assert_eq!(contents(&expected), contents(text));
+        let error = read(r#"{"conversations": [{"role": "robot", "content": "q"}]}"#).unwrap_err();
+        assert_eq!(Some("conversations[0].role"), error.location());
     }
 
     // What is wrong is named, with its place in the record.

@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use super::schedule::{Job, Schedule};
 use super::worker::{Batch, Event, SegmentResult};
 use super::{Options, Progress};
+use crate::conversation::ShapeCounts;
 use crate::error::{Error, ErrorKind, Position, Result};
 use crate::listing::{Listing, ListingInfo};
 use crate::manifest::{REJECTED_NAME, SEGMENTS_NAME, Segment, SourceInfo, quantiles, shard_name};
@@ -25,6 +26,7 @@ pub struct Counts {
     pub num_rejected: u64,
     pub rejected_by_reason: BTreeMap<String, u64>,
     pub tally: Tally,
+    pub shapes: ShapeCounts,
     pub num_reused_samples: u64,
     pub num_tokens: u64,
     pub num_label_tokens: u64,
@@ -176,6 +178,7 @@ impl<'a> Collector<'a> {
         self.counts.num_records += batch.num_records;
         self.counts.files[batch.file as usize].num_records += batch.num_records;
         self.counts.tally += batch.tally;
+        self.counts.shapes += batch.shapes;
         self.counts.num_reused_samples += batch.num_reused;
         self.num_newlines += batch.num_newlines;
         self.num_bytes += batch.num_source_bytes;
@@ -189,13 +192,17 @@ impl<'a> Collector<'a> {
             return Ok(());
         };
         self.list_unlisted()?;
-        self.segments.push(&Segment { blake3: Some(hash.to_hex().to_string()), num_samples: segment.num_samples })
+        self.segments.push(&Segment {
+            blake3: Some(hash.to_hex().to_string()),
+            num_samples: segment.num_samples,
+            shapes: Some(segment.shapes.to_map()),
+        })
     }
 
     fn list_unlisted(&mut self) -> Result<()> {
         match std::mem::take(&mut self.num_unlisted) {
             0 => Ok(()),
-            num_samples => self.segments.push(&Segment { blake3: None, num_samples }),
+            num_samples => self.segments.push(&Segment { blake3: None, num_samples, shapes: None }),
         }
     }
 
@@ -259,6 +266,7 @@ impl<'a> Collector<'a> {
         progress.num_records = self.counts.num_records;
         progress.num_rejected = self.counts.num_rejected;
         progress.num_tokens = self.counts.num_tokens;
+        progress.shapes = self.counts.shapes;
     }
 
     /// Makes sure that everything is on disk and that no input file changed meanwhile.

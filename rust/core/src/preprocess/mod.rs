@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use crate::conversation::FieldMapping;
+use crate::conversation::{FieldMapping, Shape, ShapeCounts};
 use crate::dataset::Dataset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{DATASET_FORMAT, FORMAT_VERSION, Manifest, Occupant, Recipe, SourceInfo};
@@ -64,6 +64,8 @@ pub struct Options {
     pub place: Place,
     /// Which fields hold what.
     pub mapping: FieldMapping,
+    /// The shape that all records must have; `None`: each is read by its keys.
+    pub record_shape: Option<Shape>,
     /// Longest sample, in tokens.
     pub sequence_length: u32,
     /// What decides the samples of a conversation.
@@ -98,6 +100,8 @@ pub struct Progress {
     pub num_rejected: u64,
     /// Tokens made.
     pub num_tokens: u64,
+    /// Records that could be read, by their shape.
+    pub shapes: ShapeCounts,
 }
 
 /// The dataset that [`preprocess`] made or found.
@@ -181,6 +185,7 @@ pub fn preprocess(
         num_samples: counts.num_records - counts.num_rejected + counts.tally.num_split_samples,
         num_rejected: counts.num_rejected,
         rejected_by_reason: counts.rejected_by_reason,
+        records_by_shape: counts.shapes.to_map(),
         num_split_samples: counts.tally.num_split_samples,
         num_truncated: counts.tally.num_truncated,
         num_cut_answers: counts.tally.num_cut_answers,
@@ -294,6 +299,9 @@ fn recipe(options: &Options, model: &Model) -> Recipe {
         prompt_key: mapping.prompt_key,
         query_key: mapping.query_key,
         response_key: mapping.response_key,
+        history_key: mapping.history_key,
+        text_key: mapping.text_key,
+        record_shape: options.record_shape.map_or("auto", Shape::as_str).into(),
         tokenizer_sha256: model.tokenizer_sha256.clone(),
         template_sha256: model.template_sha256.clone(),
         template_date: is_dated.then(|| model.template_date.clone()),
@@ -368,6 +376,7 @@ mod tests {
     use super::*;
     use crate::template::ChatTemplate;
     use crate::tokenize::control::ControlTokens;
+    use crate::tokenize::frame::TextFrame;
     use crate::tokenize::{Encode, Input, Tokenizer, Tokens};
 
     /// A tokenizer with a bug: it can't bear the letter z. Every other character is a token.
@@ -419,6 +428,7 @@ mod tests {
             template_sha256: String::new(),
             template_date: String::new(),
             pad_token_id: 0,
+            text_frame: TextFrame::default(),
         }
     }
 
@@ -432,6 +442,7 @@ mod tests {
             file_names: None,
             place: Place::Directory { path: directory.join("out"), overwrite: false },
             mapping: FieldMapping::default(),
+            record_shape: None,
             sequence_length: 100,
             policies: Policies::default(),
             too_long: TooLong::Reject,

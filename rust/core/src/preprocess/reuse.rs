@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::Place;
+use crate::conversation::ShapeCounts;
 use crate::dataset::{Dataset, Sample};
 use crate::manifest::{MANIFEST_NAME, Manifest, Recipe};
 
@@ -34,6 +35,7 @@ struct Samples {
     dataset: usize,
     first: usize,
     num: usize,
+    shapes: ShapeCounts,
 }
 
 impl Reuse {
@@ -52,8 +54,10 @@ impl Reuse {
             let mut first = 0;
             for segment in segments {
                 let num = segment.num_samples as usize;
-                if let Some(hash) = segment.blake3.and_then(|hash| blake3::Hash::from_hex(hash).ok()) {
-                    reuse.segments.insert(hash, Samples { dataset: reuse.datasets.len(), first, num });
+                let hash = segment.blake3.and_then(|hash| blake3::Hash::from_hex(hash).ok());
+                let shapes = segment.shapes.and_then(|shapes| ShapeCounts::from_map(&shapes));
+                if let (Some(hash), Some(shapes)) = (hash, shapes) {
+                    reuse.segments.insert(hash, Samples { dataset: reuse.datasets.len(), first, num, shapes });
                 }
                 first += num;
             }
@@ -63,14 +67,18 @@ impl Reuse {
         reuse
     }
 
-    /// The samples of a segment of `num_records` records, if an older dataset has them.
-    pub fn samples(&self, segment: &blake3::Hash, num_records: usize) -> Option<impl Iterator<Item = Sample<'_>>> {
-        let Samples { dataset, first, num } = *self.segments.get(segment)?;
+    /// The shapes and samples of a segment of `num_records` records, if an older dataset has them.
+    pub fn samples(
+        &self,
+        segment: &blake3::Hash,
+        num_records: usize,
+    ) -> Option<(ShapeCounts, impl Iterator<Item = Sample<'_>>)> {
+        let Samples { dataset, first, num, shapes } = *self.segments.get(segment)?;
         let known = &self.datasets[dataset];
         let is_whole = |shard: usize| *known.is_whole[shard].get_or_init(|| known.dataset.verify_shard(shard).is_ok());
-        let is_there = num == num_records && num > 0;
+        let is_there = num == num_records && num > 0 && shapes.total() == num as u64;
         (is_there && known.dataset.shards_of(first..first + num).all(is_whole))
-            .then(|| (first..first + num).map(|number| known.dataset.sample(number)))
+            .then(|| (shapes, (first..first + num).map(|number| known.dataset.sample(number))))
     }
 }
 

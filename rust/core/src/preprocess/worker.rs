@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use super::reuse::Reuse;
 use super::schedule::{Job, Schedule, Task};
 use super::{OnError, Options};
-use crate::conversation::Conversation;
+use crate::conversation::{Record, ShapeCounts};
 use crate::dataset::Sample;
 use crate::error::{Error, ErrorClass, ErrorKind, Result};
 use crate::json;
@@ -27,6 +27,8 @@ pub struct Batch {
     pub num_records: u64,
     /// What is to be reported of the samples.
     pub tally: Tally,
+    /// Records that could be read, by their shape.
+    pub shapes: ShapeCounts,
     /// Samples that an older dataset had already.
     pub num_reused: u64,
     /// Token ids of all samples, one after the other.
@@ -45,6 +47,7 @@ pub struct Batch {
 pub struct SegmentResult {
     pub blake3: Option<blake3::Hash>,
     pub num_samples: u64,
+    pub shapes: ShapeCounts,
 }
 
 /// One sample of a [`Batch`].
@@ -155,8 +158,10 @@ impl Worker<'_> {
             let Segment { bytes, records } = self.chunk.segments[number].clone();
             let blake3 = blake3::hash(&self.chunk.bytes[bytes]);
             let num_before = batch.samples.len();
+            let shapes_before = std::mem::take(&mut batch.shapes);
             let is_listed = match self.reuse.samples(&blake3, records.len()) {
-                Some(samples) => {
+                Some((shapes, samples)) => {
+                    batch.shapes = shapes;
                     samples.zip(&self.chunk.records[records]).for_each(|(sample, record)| batch.copy(&sample, record));
                     true
                 }
@@ -167,14 +172,17 @@ impl Worker<'_> {
                 }
             };
             let num_samples = (batch.samples.len() - num_before) as u64;
-            batch.segments.push(SegmentResult { blake3: is_listed.then_some(blake3), num_samples });
+            let shapes = std::mem::replace(&mut batch.shapes, shapes_before);
+            batch.shapes += shapes;
+            batch.segments.push(SegmentResult { blake3: is_listed.then_some(blake3), num_samples, shapes });
             if batch.fatal.is_some() {
                 return batch;
             }
         }
         if self.chunk.segments.is_empty() {
             self.encode_records(0..self.chunk.records.len(), &mut batch);
-            batch.segments.push(SegmentResult { blake3: None, num_samples: batch.samples.len() as u64 });
+            let num_samples = batch.samples.len() as u64;
+            batch.segments.push(SegmentResult { blake3: None, num_samples, shapes: ShapeCounts::default() });
         }
         batch
     }
@@ -242,16 +250,22 @@ fn encode_record(
     })?;
     let value =
         json::parse(text).map_err(|error| Error::new(ErrorKind::InvalidJson, error.message).at_offset(error.offset))?;
-    let mut conversation = Conversation::from_record(value, &options.mapping)?;
+    let mut read = Record::read(value, &options.mapping, options.record_shape)?;
+    batch.shapes.add(read.shape);
     let before = (batch.ids.len(), batch.runs.len(), batch.samples.len());
     let Batch { ids, runs, samples, .. } = batch;
     let line = record.position.line;
-    let made =
-        sampler.samples(model, &mut conversation, options.sequence_length, options.too_long, |tokens, labels| {
+    let made = sampler.record_samples(
+        model,
+        &mut read.content,
+        options.sequence_length,
+        options.too_long,
+        |tokens, labels| {
             ids.extend_from_slice(tokens);
             runs.extend_from_slice(labels);
             samples.push(BatchSample { num_tokens: tokens.len() as u32, num_runs: labels.len() as u32, line });
-        });
+        },
+    );
     match made {
         Ok(tally) => batch.tally += tally,
         Err(error) => {

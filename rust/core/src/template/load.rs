@@ -33,15 +33,21 @@ const CLASS_DEFAULTS: [(&str, &[(&str, &str)]); 5] = [
     ),
 ];
 
-/// Finds the template that `template` means for the model in `directory`: `native` (its own), one of [`NAMES`], or the
-/// path of a `.jinja` file. Returns its name for messages, its Jinja text and the model's special tokens by variable name.
+/// The name of no template: for models without one, of which only plain text is asked for.
+const NO_TEMPLATE: &str = "none";
+const REFUSAL: &str = "{{ raise_exception('expected plain text, found turns: the template is none') }}";
+
+/// Finds the template that `template` means for the model in `directory`: `native` (its own), `none`, one of [`NAMES`], or
+/// the path of a `.jinja` file. Returns its name for messages, its Jinja text and the model's special tokens by variable name.
 ///
 /// # Errors
 /// [`ErrorKind::Template`] if there is no such template, [`ErrorKind::Io`] if a file can't be read.
 pub fn load(directory: &Path, template: &str) -> Result<(String, String, SpecialTokens)> {
     let config = read_config(&directory.join("tokenizer_config.json"))?;
     let special_tokens = special_tokens(directory, &config)?;
-    let (name, source) = if template == "native" {
+    let (name, source) = if template == NO_TEMPLATE {
+        (template.to_owned(), REFUSAL.to_owned())
+    } else if template == "native" {
         let name = directory.file_name().map_or_else(|| "native".into(), |name| name.to_string_lossy().into_owned());
         (name, native(directory, &config)?)
     } else if template.ends_with(".jinja") {
@@ -51,7 +57,7 @@ pub fn load(directory: &Path, template: &str) -> Result<(String, String, Special
     } else {
         let known = NAMES.join(", ");
         return Err(Error::new(ErrorKind::Template, format!("unknown chat template '{template}'"))
-            .with_hint(format!("use native (the model's own), the path of a .jinja file, or one of {known}")));
+            .with_hint(format!("use native (the model's own), none, the path of a .jinja file, or one of {known}")));
     };
     Ok((name, source, special_tokens))
 }

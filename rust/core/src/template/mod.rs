@@ -131,6 +131,24 @@ pub struct Rendered {
     plans: Plans,
 }
 
+impl Rendered {
+    /// Puts in text that no template frames: the `parts` of the record, and `end` behind them. What stands from byte `start`
+    /// on is trained on.
+    pub fn set_plain(&mut self, parts: &[&str], end: &str, start: usize) {
+        self.text.clear();
+        parts.iter().for_each(|part| self.text.push_str(part));
+        self.stretches.clear();
+        self.stretches.push(Stretch { range: 0..self.text.len(), is_mixed: false });
+        self.text.push_str(end);
+        self.spans.clear();
+        self.spans.push(start..self.text.len());
+        self.answers.clear();
+        self.answers.push(None);
+        self.dropped.clear();
+        self.changed.clear();
+    }
+}
+
 impl ChatTemplate {
     /// Compiles the Jinja text `source`; `special_tokens` are variables such as `bos_token`, `name` is for messages.
     ///

@@ -6,6 +6,7 @@
 
 pub mod control;
 pub mod fast;
+pub mod frame;
 pub mod reference;
 
 use std::ops::Range;
