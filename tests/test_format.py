@@ -137,7 +137,7 @@ def test_a_token_costs_little(tmp_path: Path, vocab_size: int, most_bytes: float
 
 MANIFEST_DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "another format": lambda manifest: manifest.update(format="something else"),
-    "a later version": lambda manifest: manifest.update(format_version=3),
+    "a later version": lambda manifest: manifest.update(format_version=4),
     "a version of another type": lambda manifest: manifest.update(format_version="1"),
     "an unknown key": lambda manifest: manifest.update(more=1),
     "a missing key": lambda manifest: manifest.pop("fingerprint"),
@@ -151,6 +151,7 @@ MANIFEST_DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "padding beyond the vocabulary": lambda manifest: manifest.update(pad_token_id=300),
     "records that do not add up": lambda manifest: manifest.update(num_records=4),
     "records of files that do not add up": lambda manifest: manifest["files"][0].update(num_records=2),
+    "more records by shape than records": lambda manifest: manifest.update(records_by_shape={"text": 4}),
     "rejects that do not add up": lambda manifest: manifest.update(num_rejected=1, num_records=4),
     "reasons that do not add up": lambda manifest: manifest.update(rejected_by_reason={"too_long": 1}),
     "reasons that overflow": lambda manifest: manifest.update(rejected_by_reason={"a": 2**64 - 1, "b": 1}),
