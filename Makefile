@@ -61,7 +61,7 @@ format: $(INSTALLED)  ## format everything and apply safe fixes
 .PHONY: docs
 docs: $(INSTALLED)  ## write the generated parts of docs/, and build the site into build/site
 	$(BIN)/python docs/generate_configuration.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: bench
 bench: $(INSTALLED)  ## measure beside what others use, and write docs/benchmarks.md; ARGS="--help" for more

@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md, run. Those of docs/views.md are run in tests/test_views.py."""
+"""The code of docs/recipes.md and docs/masks.md, run. That of docs/views.md is run in tests/test_views.py."""
 
 import os
 import re
@@ -11,7 +11,8 @@ import pytest
 from tests.data_helpers import plain_samples
 from tests.train_helpers import make_model_dir
 
-PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "recipes.md").read_text(encoding="utf-8")
 SECTIONS = {
     title: re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     for title, text in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -79,6 +80,22 @@ def test_ray_train(names: dict[str, Any]) -> None:
     assert metrics["step"] == -(-num_rows // 8)
     assert 0 < metrics["loss"] < 10
     assert Path(names["result"].checkpoint.path, "model.safetensors").is_file()
+
+
+def test_templates_and_masks(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The code of the page about masks prints what its comments say."""
+    page = (DOCS / "masks.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    variables = {"model_dir": names["model_dir"]}
+
+    for block in blocks:
+        exec(compile(block, "docs/masks.md", "exec"), variables)
+
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"^print\(.+\)  # (\[.+\])$", "".join(blocks), flags=re.MULTILINE)
+    assert len(blocks) == 5
+    assert len(promised) == 2
+    assert all(text in printed for text in promised)
 
 
 def test_every_section_is_run() -> None:

@@ -158,8 +158,11 @@ class Cluster:
             # other busy process it would hardly run.
             os.environ.setdefault("RAY_worker_niceness", "0")
             # Only step numbers and reports travel through Ray: the smallest object store will do.
-            num_bytes = None if os.environ.get("RAY_ADDRESS") else 80 * 2**20
+            is_joining = bool(os.environ.get("RAY_ADDRESS"))
+            num_bytes = None if is_joining else 80 * 2**20
             ray.init(
+                # Without it, Ray would join whatever cluster somebody has started on this machine.
+                address=None if is_joining else "local",
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
