@@ -105,7 +105,7 @@ def test_arguments_that_a_schedule_lacks_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("megatron_train", "zero_optimization.stage"), ("fsdp2_train", "stage: 3"), ("my_train", "deepspeed_train")],
+    [("megatron_train", "zero_optimization.stage"), ("my_train", "deepspeed_train")],
 )
 def test_an_unknown_strategy_is_refused_with_what_to_write_instead(name: str, hint: str) -> None:
     """A strategy that is not here is a configuration error whose hint names the settings that do the same."""

@@ -13,6 +13,7 @@ from sft_fast import ConfigError, TrainError
 from sft_fast.config import SFTConfig
 from sft_fast.train.checkpoint import CLUSTER_NAME, TrainState, commit, staging_directory
 from sft_fast.train.export import export_checkpoint
+from sft_fast.train.strategy import check_strategy
 from sft_fast.train.worker import SFTWorker, TrainStepReport
 from tests.train_helpers import (
     VOCAB_SIZE,
@@ -67,7 +68,8 @@ def state_of(config: SFTConfig, step: int) -> TrainState:
         run_id="test",
         best_val_loss=None,
         world_size=1,
-        zero_stage=config.sft_train.strategy_args.strategy_config["zero_optimization"]["stage"],
+        zero_stage=check_strategy(config),
+        strategy_name=config.sft_train.strategy_args.strategy_name,
         pretrain=config.pretrain,
         saved_at=time.time(),
     )

@@ -162,10 +162,11 @@ class StrategyArguments:
     """How the model is spread over the devices."""
 
     strategy_name: str = "deepspeed_train"
-    """Training backend: `deepspeed_train`."""
+    """Training backend: `deepspeed_train`, or `fsdp2_train`, which is torch's own."""
 
     strategy_config: dict[str, Any] = field(default_factory=dict)
-    """Settings of that backend, here a DeepSpeed configuration. The groups `strategy/deepspeed_zero*` fill it."""
+    """Settings of that backend: a DeepSpeed configuration, which the groups `strategy/deepspeed_zero*` fill; for
+    `fsdp2_train`, `reshard_after_forward` (true: as ZeRO-3; false: as ZeRO-2) and `offload_policy` (true: the CPU)."""
 
 
 @dataclass(kw_only=True)

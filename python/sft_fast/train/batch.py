@@ -34,6 +34,10 @@ class MicroBatch:
         """The `n` of the fields."""
         return int(self.targets.shape[0])
 
+    def arguments(self) -> dict[str, Any]:
+        """The fields, as keyword arguments of `SFTModel.forward`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`; from pinned memory the copies overlap with what the device is doing."""
         if device.type == "cpu":

@@ -57,9 +57,10 @@ class TrainState:
     run_id: str  # the same through all resumptions
     best_val_loss: float | None  # of all validations so far
     world_size: int
-    zero_stage: int
+    zero_stage: int  # 0 without DeepSpeed
     pretrain: str
     saved_at: float  # seconds since 1970
+    strategy_name: str = "deepspeed_train"
     val_loss: float | None = None  # of the validation after this very step, where there was one
     num_skipped_steps: int = 0  # steps so far whose loss or gradient was not finite
     num_evals_without_gain: int = 0  # validations since one that was better by more than the threshold
@@ -74,6 +75,7 @@ class TrainState:
         "is_packed": "sft_train.use_sequence_packing",
         "num_rows_per_step": "per_device_train_batch_size x gradient_accumulation_steps x data-parallel ranks",
         "dtype": "sft_train.model_args.dtype",
+        "strategy_name": "sft_train.strategy_args.strategy_name",
         "zero_stage": "sft_train.strategy_args.strategy_config.zero_optimization.stage",
         "adapters": "sft_train.model_args.lora_target, lora_rank, additional_target, adapter_name_or_path",
     }

@@ -147,6 +147,10 @@ def _write_adapters(
 
 def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
     """The weights in a checkpoint by the names of `SFTModel`; of a model with adapters, what was trained."""
+    if checkpoint.state.strategy_name == "fsdp2_train":
+        from sft_fast.train.strategy.fsdp2 import read_weights
+
+        return read_weights(checkpoint.path / CLUSTER_NAME)
     if checkpoint.state.zero_stage < 3:
         # One file has them all, in the precision of the run.
         path = checkpoint.path / CLUSTER_NAME / "mp_rank_00_model_states.pt"

@@ -39,8 +39,7 @@ from sft_fast.train.loop import Outputs, TrainLoop
 from sft_fast.train.metrics import StepFile
 from sft_fast.train.plan import BatchArithmetic, train_stream, validation_stream
 from sft_fast.train.progress import RunProgress, logger, open_log_file
-from sft_fast.train.strategy import check_strategy_name
-from sft_fast.train.strategy.deepspeed_config import make_deepspeed_config
+from sft_fast.train.strategy import check_strategy
 from sft_fast.train.strategy.universal import convert_checkpoint
 from sft_fast.train.tracking import Tracker, create_tracker
 
@@ -70,8 +69,7 @@ class SFTPipeline:
         Raises:
             ConfigError: the strategy, its settings or the model directory are wrong.
         """
-        check_strategy_name(config.sft_train.strategy_args.strategy_name)
-        self._zero_stage = int(make_deepspeed_config(config)["zero_optimization"]["stage"])
+        self._zero_stage = check_strategy(config)
         _check_model_directory(config.pretrain)
         self._config = config
         self._use_ray = use_ray
@@ -186,7 +184,8 @@ class SFTPipeline:
     def _loadable(self, resumed: Checkpoint | None, progress: RunProgress) -> Iterator[tuple[str | None, bool]]:
         """The directory to load (None for a fresh start), and whether it was converted for this number of ranks."""
         config = self._config
-        if resumed is None or resumed.state.world_size == config.sft_train.world_size:
+        is_for_any = config.sft_train.strategy_args.strategy_name == "fsdp2_train"
+        if resumed is None or is_for_any or resumed.state.world_size == config.sft_train.world_size:
             yield None if resumed is None else str(resumed.path), False
             return
         progress.note(
@@ -229,6 +228,7 @@ class SFTPipeline:
             run_id=uuid.uuid4().hex,
             best_val_loss=None,
             world_size=config.sft_train.world_size,
+            strategy_name=config.sft_train.strategy_args.strategy_name,
             zero_stage=self._zero_stage,
             pretrain=os.path.abspath(config.pretrain),
             saved_at=0.0,

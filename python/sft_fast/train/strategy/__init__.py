@@ -6,10 +6,12 @@ from typing import Any
 
 from sft_fast.errors import ConfigError
 from sft_fast.train.strategy.base import RankInfo, StepResult, TrainStrategy
+from sft_fast.train.strategy.deepspeed_config import make_deepspeed_config
+from sft_fast.train.strategy.fsdp2_config import make_fsdp2_settings
 
-__all__ = ["RankInfo", "StepResult", "TrainStrategy", "create_strategy"]
+__all__ = ["RankInfo", "StepResult", "TrainStrategy", "check_strategy", "check_strategy_name", "create_strategy"]
 
-_STRATEGIES = ("deepspeed_train",)
+_STRATEGIES = ("deepspeed_train", "fsdp2_train")
 
 # For users of other backends: what says the same in DeepSpeed's words.
 _EQUIVALENTS = {
@@ -21,10 +23,6 @@ _EQUIVALENTS = {
         "  model_args.disable_gradient_checkpointing: false   for recompute_granularity: full\n"
         "and leave out *_model_parallel_size, sequence_parallel and context_parallel_size"
     ),
-    "fsdp2_train": (
-        "write strategy_name: deepspeed_train and strategy_config.zero_optimization.stage: 3\n"
-        "(stage 2 for reshard_after_forward: false; offload_param and offload_optimizer for offload_policy)"
-    ),
 }
 
 
@@ -34,11 +32,33 @@ def create_strategy(config: Any, rank: RankInfo) -> TrainStrategy:
     Raises:
         ConfigError: the name is unknown, or is one that is not supported; the hint says what to write instead.
     """
-    check_strategy_name(config.sft_train.strategy_args.strategy_name)
-    # Imported here, because it imports DeepSpeed, which reads the environment when it is imported.
+    name = config.sft_train.strategy_args.strategy_name
+    check_strategy_name(name)
+    # Imported here: DeepSpeed reads the environment when it is imported.
+    if name == "fsdp2_train":
+        from sft_fast.train.strategy.fsdp2 import Fsdp2Strategy
+
+        return Fsdp2Strategy(config, rank)
     from sft_fast.train.strategy.deepspeed import DeepSpeedStrategy
 
     return DeepSpeedStrategy(config, rank)
+
+
+def check_strategy(config: Any) -> int:
+    """Checks name and settings of the strategy, without torch.
+
+    Returns:
+        The stage of ZeRO; 0 where there is none.
+
+    Raises:
+        ConfigError: the name or a setting is not supported.
+    """
+    name = config.sft_train.strategy_args.strategy_name
+    check_strategy_name(name)
+    if name == "fsdp2_train":
+        make_fsdp2_settings(config)
+        return 0
+    return int(make_deepspeed_config(config)["zero_optimization"]["stage"])
 
 
 def check_strategy_name(name: str) -> None:

@@ -7,19 +7,15 @@ The settings that it is given are made in `deepspeed_config.py`.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
-import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from typing_extensions import override
@@ -30,6 +26,7 @@ from sft_fast.train.model import SFTModel
 from sft_fast.train.optim import make_optimizer
 from sft_fast.train.strategy.base import RankInfo, StepResult, TrainStrategy
 from sft_fast.train.strategy.deepspeed_config import make_deepspeed_config
+from sft_fast.train.strategy.process_group import announce, backend_of, collective_timeout
 from sft_fast.train.timing import StepTimer
 
 # On a CPU, DeepSpeed would compile a shared-memory operator at every start (a minute, and a compiler); gloo does the
@@ -93,23 +90,15 @@ class DeepSpeedStrategy(TrainStrategy):
         """Makes the process group, once a process."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if dist.is_initialized():
+        if deepspeed.comm.is_initialized():
             return
-        rank = self._rank
-        os.environ.update(
-            RANK=str(rank.rank),
-            WORLD_SIZE=str(rank.world_size),
-            # A GPU rank sees its own GPU only, as number 0.
-            LOCAL_RANK="0" if self.device.type == "cuda" else str(rank.local_rank),
-            LOCAL_SIZE=str(rank.local_world_size),
-            LOCAL_WORLD_SIZE=str(rank.local_world_size),
-            MASTER_ADDR=rank.master_address,
-            MASTER_PORT=str(rank.master_port),
+        announce(self._rank)
+        deepspeed.init_distributed(
+            dist_backend=backend_of(self._rank),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=collective_timeout(self._config.hang_timeout),
         )
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        # The heartbeat finds a hung rank sooner, and knows which it is.
-        patience = timedelta(seconds=max(1800.0, 20 * self._config.hang_timeout))
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
 
     @override
     def train_step(
@@ -128,7 +117,7 @@ class DeepSpeedStrategy(TrainStrategy):
             # Said for each micro-batch, since the last step of an epoch may have fewer of them than the others.
             engine.set_gradient_accumulation_boundary(index == num_batches - 1)
             with timer("forward"):
-                loss = engine(**_arguments(batch.to(self.device)), factor=weight / num_label_tokens)
+                loss = engine(**batch.to(self.device).arguments(), factor=weight / num_label_tokens)
             with timer("backward"):
                 engine.backward(loss)
             total += loss.detach()
@@ -150,7 +139,7 @@ class DeepSpeedStrategy(TrainStrategy):
     def val_step(self, batch: MicroBatch) -> float:
         self._engine.eval()
         with torch.no_grad():
-            loss: torch.Tensor = self._engine(**_arguments(batch.to(self.device)))
+            loss: torch.Tensor = self._engine(**batch.to(self.device).arguments())
         return loss.item()
 
     @override
@@ -204,8 +193,3 @@ class DeepSpeedStrategy(TrainStrategy):
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
-
-
-def _arguments(batch: MicroBatch) -> dict[str, Any]:
-    """A micro-batch as the keyword arguments of `SFTModel.forward`."""
-    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
