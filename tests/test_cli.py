@@ -309,6 +309,7 @@ def two_datasets(run_cli: Run, tokenizer_dir: Path, write_jsonl: Write) -> None:
         (["--search", "capital of"], [">>capital of<<", "2 hits in 1 samples", "all 4 samples", "trained on or not"]),
         (["--search", "capital of", "-n", "1"], ["2 hits in 1 samples, the first 1 shown"]),
         (["--diff", "other"], ["data.jsonl:5", "other parts of it trained on", "identical", "3, ids and mask"]),
+        (["--html", "page.html"], ["page.html: ", "statistics of all 4 samples", "4 of them", "2 packs (seed 42)"]),
     ],
 )
 def test_inspect_answers(run_cli: Run, two_datasets: None, arguments: list[str], parts: list[str]) -> None:
@@ -329,6 +330,7 @@ def test_inspect_answers(run_cli: Run, two_datasets: None, arguments: list[str],
         (["--source", "data.jsonl:4"], {"rejected", "samples"}),
         (["--search", "the"], {"text", "num_hits", "num_samples_with_hits", "num_samples_searched"}),
         (["--diff", "other"], {"num_matched", "num_identical", "kinds", "differences", "same_tokenizer"}),
+        (["--html", "page.html"], {"path", "num_bytes", "num_samples", "num_packs", "seed"}),
     ],
 )
 def test_inspect_as_json(run_cli: Run, two_datasets: None, arguments: list[str], keys: set[str]) -> None:
@@ -551,6 +553,9 @@ def test_progress_is_a_bar_or_lines(
         progress(state)
         progress(state)
     printed = capsys.readouterr()
+    with cli.console.counting("searching", 10) as count:
+        count(5)
+    assert ("searching" in capsys.readouterr().err) == bool(forced)
 
     assert printed.out == ""
     assert "2.0 MB of 4.0 MB" in printed.err

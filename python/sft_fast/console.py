@@ -6,10 +6,11 @@ draws them is half of the start-up, so it is imported where something is printed
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -170,6 +171,19 @@ class PreprocessProgress:
             file=sys.stderr,
             flush=True,
         )
+
+
+@contextlib.contextmanager
+def counting(title: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Takes how much of `total` is done, and shows it on stderr: in a terminal as a bar, elsewhere not at all."""
+    if not _is_terminal(sys.stderr):
+        yield lambda _: None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=stderr_console(), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _is_terminal(stream: TextIO) -> bool:

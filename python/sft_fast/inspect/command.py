@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from sft_fast.console import counting
 from sft_fast.errors import ConfigError
 from sft_fast.inspect.terminal import check_numbers, show_pack, show_samples, show_search
 from sft_fast.inspect.tokens import Reader
@@ -119,7 +120,9 @@ def _search(dataset: sft_fast.Dataset, question: Question, console: Console) -> 
     from sft_fast.inspect.find import search
 
     assert question.search is not None
-    result = search(dataset, _reader(dataset, question), question.search, max_hits=question.num_samples)
+    reader = _reader(dataset, question)
+    with counting("searching", len(dataset)) as progress:
+        result = search(dataset, reader, question.search, max_hits=question.num_samples, progress=progress)
     if question.as_json:
         _print_json(dataclasses.asdict(result))
     else:

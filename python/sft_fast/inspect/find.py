@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,7 +123,14 @@ class SearchResult:
     hits: list[Hit] = field(default_factory=list)
 
 
-def search(dataset: sft_fast.Dataset, reader: Reader, text: str, *, max_hits: int = 10) -> SearchResult:
+def search(
+    dataset: sft_fast.Dataset,
+    reader: Reader,
+    text: str,
+    *,
+    max_hits: int = 10,
+    progress: Callable[[int], object] | None = None,
+) -> SearchResult:
     """Looks for a text in all samples as they are decoded, trained on or not, over the borders of tokens.
 
     Memory does not grow with the data set. Hits do not overlap; upper and lower case differ.
@@ -133,6 +140,7 @@ def search(dataset: sft_fast.Dataset, reader: Reader, text: str, *, max_hits: in
         reader: its tokenizer.
         text: what to look for.
         max_hits: hits that are kept to be shown.
+        progress: called with the number of samples that are searched.
 
     Raises:
         ConfigError: the text is empty.
@@ -142,6 +150,8 @@ def search(dataset: sft_fast.Dataset, reader: Reader, text: str, *, max_hits: in
     result = SearchResult(text=text)
     needle = text.encode()
     for first, ids, mask, sample_ends in _chunks(dataset):
+        if progress is not None:
+            progress(first)
         result.num_samples_searched += len(sample_ends)
         result.num_tokens_searched += len(ids)
         pieces = _token_bytes(reader, ids, sample_ends)
