@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft_fast.console import count, size
+from sft_fast.console import count, shapes, size
 from sft_fast.errors import FileError
 from sft_fast.inspect import plots
 from sft_fast.inspect.summary import MAX_SOURCES, ROWS_PER_RANK, Histogram, Packs, Summary, summarize
@@ -386,6 +386,7 @@ def _recipe(manifest: dict[str, Any]) -> str:
     rows = {
         "tokenizer": manifest["tokenizer"],
         "template": manifest["template"],
+        "shapes of records": shapes(manifest["records_by_shape"]),
         **manifest["recipe"],
         "fingerprint": manifest["fingerprint"],
         "shards": f"{len(manifest['shards'])}, {size(sum(shard['num_bytes'] for shard in manifest['shards']))}",
