@@ -167,7 +167,7 @@ def test_search_in_other_tokenizers(reader: Reader, tokenizer_dir: Path, tmp_pat
 
 
 def test_equal_datasets_have_no_difference(tokenizer_dir: Path, reader: Reader, tmp_path: Path) -> None:
-    """A data set is identical to one of the same records, whatever their order and place."""
+    """A data set is identical to one of the same records in a file of another name."""
     records = random_records(30)
     here = make_dataset(tmp_path / "here", tokenizer_dir, records)
     there = make_dataset(tmp_path / "there", tokenizer_dir, records)
@@ -210,15 +210,32 @@ def test_templates_part_where_their_text_parts(tokenizer_dir: Path, tmp_path: Pa
 
     assert result.kinds == {"text": 8, "mask": 0, "tokens": 0, "same": 0}
     for difference in result.differences:
-        texts = []
-        for dataset, reader, number, token in zip(
-            (here, there), readers, difference.samples, difference.tokens, strict=True
-        ):
-            pieces = reader.view(dataset, number).pieces
-            texts.append("".join(pieces[: token + 1]))
-        common = min(map(len, texts))
-        assert texts[0][: common - 1][:-8] == texts[1][: common - 1][:-8]
-        assert texts[0] != texts[1]
+        pieces = [
+            reader.view(dataset, number).pieces
+            for dataset, reader, number in zip((here, there), readers, difference.samples, strict=True)
+        ]
+        texts = ["".join(part) for part in pieces]
+        common = next(at for at, (one, other) in enumerate(zip(*texts, strict=False)) if one != other)
+        for part, token in zip(pieces, difference.tokens, strict=True):
+            start = len("".join(part[:token]))
+            assert start <= common < start + len(part[token])
+
+
+def test_tokenizers_part_in_tokens_alone(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Two tokenizers that cut the same text differently are compared by text: text and mask are the same."""
+    other_dir = make_tokenizer_dir(tmp_path / "model")
+    content = json.loads((other_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"] = content["model"]["merges"][:20]
+    (other_dir / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    records = [{"instruction": "What is the capital?", "output": "The sea is wide, never still."}] * 3
+    here = make_dataset(tmp_path / "here", tokenizer_dir, records)
+    there = make_dataset(tmp_path / "there", other_dir, records)
+
+    result = compare(here, there, (Reader(str(tokenizer_dir)), Reader(str(other_dir))))
+
+    assert not result.same_tokenizer
+    assert (result.num_examined, result.num_identical) == (3, 0)
+    assert result.kinds == {"text": 0, "mask": 0, "tokens": 3, "same": 0}
 
 
 def test_samples_without_a_partner_are_counted(tokenizer_dir: Path, reader: Reader, tmp_path: Path) -> None:
