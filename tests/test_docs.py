@@ -1,5 +1,6 @@
 """The documentation against the program: the records that it shows are read, and its tables are those of the code."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sft_fast
+from sft_fast.train.metrics import StepMetrics
 
 ROOT = Path(__file__).parent.parent
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -53,3 +55,23 @@ def test_every_reason_is_in_the_table() -> None:
     of_other_classes = set(re.findall(r"Self::(\w+)(?: \| Self::\w+)* => ErrorClass::", source))
 
     assert {code for kind, code in codes.items() if kind not in of_other_classes} == {code for code, _ in REJECTS}
+
+
+def test_every_metric_is_on_its_page() -> None:
+    """The table of docs/metrics.md has what is known of a step, in that order, and nothing else."""
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("## What to look at")[0]
+    names = [field.name.replace("val_loss_by_source", "val_loss/<source>") for field in dataclasses.fields(StepMetrics)]
+
+    assert re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE) == names
+
+
+def test_every_module_has_its_line() -> None:
+    """The tables of docs/design.md name every module of the core crate and of the package."""
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    cells = " ".join(re.findall(r"^\| (`.+?) \|", page, flags=re.MULTILINE))
+    named = set(re.findall(r"`(\w+)`", cells))
+    package, core = ROOT / "python" / "sft_fast", ROOT / "rust" / "core" / "src"
+    modules = {path.stem for path in [*package.iterdir(), *core.iterdir()] if path.suffix in ("", ".py", ".rs")}
+
+    assert modules - {"__init__", "__pycache__", "lib", "configs", "py", "_core"} - named == set()
+    assert len(named) > 25
