@@ -357,6 +357,7 @@ def test_verify_tells_whole_from_damaged(run_cli: Run, tokenizer_dir: Path, writ
     write_jsonl("data.jsonl", RECORDS)
     run_cli(*preprocess_arguments(tokenizer_dir, "data.jsonl"))
     whole = run_cli("verify", "out")
+    proved = json.loads(run_cli("verify", "out", "--json").stdout)
     [shard] = (tmp_path / "out").glob("shard-*")
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -365,6 +366,7 @@ def test_verify_tells_whole_from_damaged(run_cli: Run, tokenizer_dir: Path, writ
 
     assert (whole.returncode, whole.stderr) == (0, "")
     assert "3 samples" in whole.stdout
+    assert (proved["path"], proved["num_samples"]) == ("out", 3)
     assert_one_error(damaged)
 
 

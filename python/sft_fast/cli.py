@@ -330,6 +330,7 @@ def verify(
         list[str] | None,
         typer.Argument(metavar="DATASET", help="Data set on disk; with --config-name: KEY=VALUE overrides."),
     ] = None,
+    as_json: AsJson = False,
     config_path: ConfigPath = ".",
     config_name: OptionalConfigName = None,
 ) -> None:
@@ -344,9 +345,13 @@ def verify(
 
     path = _dataset_path(arguments, config_path, config_name)
     sft_fast.verify(path)
-    dataset = sft_fast.Dataset(path)
-    num_tokens = int(dataset.lengths.sum(dtype="uint64"))
-    typer.echo(f"{path}: whole, {console.count(len(dataset))} samples, {console.count(num_tokens)} tokens")
+    manifest = sft_fast.Dataset(path).manifest
+    if as_json:
+        names = ("fingerprint", "num_samples", "num_tokens", "num_label_tokens")
+        typer.echo(json.dumps({"path": path, **{name: manifest[name] for name in names}}))
+        return
+    num_samples, num_tokens = console.count(manifest["num_samples"]), console.count(manifest["num_tokens"])
+    typer.echo(f"{path}: whole, {num_samples} samples, {num_tokens} tokens")
 
 
 @cache.command("list")
