@@ -17,7 +17,7 @@ CORE = ROOT / "rust" / "core" / "src"
 # ones, and from itself.
 PYTHON_LAYERS = [
     {"errors", "lease"},
-    {"_core", "config", "configs", "console"},
+    {"_core", "config", "configs", "console", "options"},
     {"arrow"},
     {"data", "cache", "prefetch"},
     {"chat_template", "records", "stream"},

@@ -12,12 +12,22 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from sft_fast import console
 from sft_fast.errors import ConfigError, SftFastError, TrainError
+from sft_fast.options import (
+    AsJson,
+    CacheDirectory,
+    ConfigName,
+    ConfigPath,
+    DatasetOrOverrides,
+    OptionalConfigName,
+    Overrides,
+    complete_template,
+)
 
 if TYPE_CHECKING:
     import sft_fast
@@ -46,57 +56,6 @@ cache = typer.Typer(
 )
 app.add_typer(cache, name="cache")
 
-# What `template` may name; `.jinja` files besides, which the shell completes.
-TEMPLATES = ("native", "chatml", "gemma", "llama3", "phi3", "qwen2_5", "qwen3", "smollm2")
-
-
-def _config_names(context: typer.Context, incomplete: str) -> list[str]:
-    """For completion: the configurations in the directory that the command line names."""
-    directory = context.params.get("config_path") or "."
-    try:
-        names = sorted(name for name in os.listdir(directory) if name.endswith((".yaml", ".yml")))
-    except OSError:
-        return []
-    return [stem for name in names if (stem := name.rpartition(".")[0]).startswith(incomplete)]
-
-
-def _templates(incomplete: str) -> list[str]:
-    """For completion: the names of templates."""
-    return [name for name in TEMPLATES if name.startswith(incomplete)]
-
-
-ConfigPath = Annotated[
-    str,
-    typer.Option("--config-path", "--config_path", metavar="DIR", help="Directory of the configuration."),
-]
-ConfigName = Annotated[
-    str,
-    typer.Option(
-        "--config-name",
-        "--config_name",
-        metavar="NAME",
-        help="YAML file in it, without its ending.",
-        autocompletion=_config_names,
-    ),
-]
-OptionalConfigName = Annotated[
-    str | None,
-    typer.Option(
-        "--config-name",
-        "--config_name",
-        metavar="NAME",
-        help="Take everything from this configuration.",
-        autocompletion=_config_names,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace those of the file.")
-]
-CacheDirectory = Annotated[
-    list[str] | None, typer.Argument(metavar="DIR", help="The cache; with --config-name: KEY=VALUE overrides.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -116,7 +75,7 @@ def preprocess(
     output_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data set goes.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Model directory with a tokenizer.")] = None,
     template: Annotated[
-        str, typer.Option(help="Chat template: native, a built-in name, or a file.", autocompletion=_templates)
+        str, typer.Option(help="Chat template: native, a built-in name, or a file.", autocompletion=complete_template)
     ] = "native",
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a sample.")] = None,
     system_key: Annotated[str | None, typer.Option(help="Field of the system prompt.")] = None,
@@ -166,9 +125,13 @@ def preprocess(
     if config_name is not None:
         if output_dir is not None or tokenizer is not None:
             raise ConfigError("with --config-name, the configuration names the tokenizer and the place of the data set")
+        from sft_fast.train.plan import plans_of
+
         config = _load(config_path, config_name, arguments)
         reports = _preprocess_config(config)
-        _print_reports(reports, _plans_of(reports, config), as_json)
+        console.print_reports(
+            reports, plans_of(config, {name: report.path for name, report in reports.items()}), as_json
+        )
         return
     import sft_fast
 
@@ -210,7 +173,10 @@ def preprocess(
             overwrite=overwrite,
             progress=progress,
         )
-    _print_reports({"": report}, {"": _packs_of(report, sequence_length)}, as_json)
+    # Of epoch 0; the others hardly differ.
+    packing = sft_fast.Dataset(report.path).pack(sequence_length=sequence_length)
+    packs = {"num_packs": len(packing), "fill_ratio": packing.fill_ratio}
+    console.print_reports({"": report}, {"": packs}, as_json)
 
 
 @app.command()
@@ -253,10 +219,7 @@ def validate(
 
 @app.command()
 def inspect(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="DATASET", help="Data set on disk; with --config-name: KEY=VALUE overrides."),
-    ] = None,
+    arguments: DatasetOrOverrides = None,
     sample: Annotated[
         list[int] | None, typer.Option("--sample", "-s", min=0, help="This sample, from 0; again for more.")
     ] = None,
@@ -326,10 +289,7 @@ def inspect(
 
 @app.command()
 def verify(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="DATASET", help="Data set on disk; with --config-name: KEY=VALUE overrides."),
-    ] = None,
+    arguments: DatasetOrOverrides = None,
     as_json: AsJson = False,
     config_path: ConfigPath = ".",
     config_name: OptionalConfigName = None,
@@ -509,45 +469,6 @@ def _cache_path(arguments: Sequence[str] | None, config_path: str, config_name: 
     if len(arguments) > 1:
         raise ConfigError("expected one directory", code="usage", hint="give one cache, or --config-name")
     return arguments[0]
-
-
-def _packs_of(report: sft_fast.Report, sequence_length: int) -> dict[str, Any]:
-    """What the samples of a data set make as packs of a length: of epoch 0, though other epochs hardly differ."""
-    import sft_fast
-
-    packing = sft_fast.Dataset(report.path).pack(sequence_length=sequence_length)
-    return {"num_packs": len(packing), "fill_ratio": packing.fill_ratio}
-
-
-def _plans_of(reports: dict[str, sft_fast.Report], config: SFTConfig) -> dict[str, dict[str, Any]]:
-    """What the data sets of a configuration make in its run: packs, and of the training data the steps."""
-    import sft_fast
-    from sft_fast.train.plan import train_stream
-
-    plans: dict[str, dict[str, Any]] = {}
-    for name, report in reports.items():
-        plans[name] = _packs_of(report, config.sequence_length) if config.sft_train.use_sequence_packing else {}
-        if name == "train":
-            stream = train_stream(config, sft_fast.Dataset(report.path))
-            plans[name] |= {"num_steps_per_epoch": stream.num_steps_per_epoch, "num_steps": stream.num_steps}
-    return plans
-
-
-def _print_reports(reports: dict[str, sft_fast.Report], plans: dict[str, dict[str, Any]], as_json: bool) -> None:
-    """Tables, or JSON: the report itself, or one for each name where the configuration named them."""
-    if as_json:
-        values: dict[str, Any] = {
-            name: {**dataclasses.asdict(report), **plans[name]} for name, report in reports.items()
-        }
-        typer.echo(json.dumps(values.get("", values), default=str))
-        return
-    for name, report in reports.items():
-        table = console.report_table(report, name or "preprocessed", console.plan_rows(**plans[name]))
-        console.stdout_console().print(table)
-        if report.num_rejected:
-            console.print_note(f"what was left out, and why: {os.path.join(report.path, 'rejected.jsonl')}")
-        if report.why_not_fast and not report.reused:
-            console.print_note(f"the slower tokenizers library encoded: {report.why_not_fast}")
 
 
 def _missing_package(error: ModuleNotFoundError) -> Exception:

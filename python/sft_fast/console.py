@@ -7,12 +7,14 @@ draws them is half of the start-up, so it is imported where something is printed
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -197,6 +199,23 @@ def shapes(records_by_shape: Mapping[str, int]) -> str:
     return (
         ", ".join(name if is_one else f"{name} {count(number)}" for name, number in records_by_shape.items()) or "none"
     )
+
+
+def print_reports(reports: Mapping[str, Report], plans: Mapping[str, Mapping[str, Any]], as_json: bool) -> None:
+    """Tables, or JSON: the report itself, or one for each name where the configuration named them."""
+    if as_json:
+        values: dict[str, Any] = {
+            name: {**dataclasses.asdict(report), **plans[name]} for name, report in reports.items()
+        }
+        print(json.dumps(values.get("", values), default=str))
+        return
+    for name, report in reports.items():
+        table = report_table(report, name or "preprocessed", plan_rows(**plans[name]))
+        stdout_console().print(table)
+        if report.num_rejected:
+            print_note(f"what was left out, and why: {os.path.join(report.path, 'rejected.jsonl')}")
+        if report.why_not_fast and not report.reused:
+            print_note(f"the slower tokenizers library encoded: {report.why_not_fast}")
 
 
 def report_table(report: Report, title: str, more: Sequence[tuple[str, str]] = ()) -> Table:

@@ -5,6 +5,7 @@ The driver and every worker make the same streams from the same configuration, s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,20 @@ def validation_stream(config: SFTConfig, dataset: Dataset) -> StepStream:
         seed=0,
         num_rows_per_step=config.sft_train.infer_batch_size * config.data_parallel_size,
     )
+
+
+def plans_of(config: SFTConfig, paths: Mapping[str, str]) -> dict[str, dict[str, int | float]]:
+    """What the data sets of a run make, by name: packs, where it packs, and of `train` the steps."""
+    plans: dict[str, dict[str, int | float]] = {}
+    for name, path in paths.items():
+        dataset, plan = Dataset(path), plans.setdefault(name, {})
+        if config.sft_train.use_sequence_packing:
+            packing = dataset.pack(sequence_length=config.sequence_length)
+            plan |= {"num_packs": len(packing), "fill_ratio": packing.fill_ratio}
+        if name == "train":
+            stream = train_stream(config, dataset)
+            plan |= {"num_steps_per_epoch": stream.num_steps_per_epoch, "num_steps": stream.num_steps}
+    return plans
 
 
 @dataclass(frozen=True, kw_only=True)
