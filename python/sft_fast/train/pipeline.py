@@ -207,8 +207,8 @@ class SFTPipeline:
                 reports[name] = ensure_dataset(
                     files, config.data_cache_dir, progress=progress, **config.preprocess_options()
                 )
-        if "validation" in reports:
-            stdout_console().print(report_table(reports["validation"], "validation data"))
+            if name != "train":  # which is shown with the plan of the run
+                stdout_console().print(report_table(reports[name], f"{name} data"))
         return reports
 
     def _initial_state(self, report: Report) -> TrainState:
