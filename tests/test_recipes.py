@@ -64,6 +64,7 @@ def test_the_chat_template_alone(names: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_ray_train(names: dict[str, Any]) -> None:
     """Two workers of a `TorchTrainer` train on their shares of each step, and report one loss that is finite."""
     import ray
