@@ -197,7 +197,7 @@ class _MLflowTracker:
         if uri is None:
             uri = (run_directory / "mlruns").absolute().as_uri()
         if uri.startswith("file:"):
-            # MLflow keeps no more than the peace with directories, and wants to hear that they are meant.
+            # MLflow prefers databases, and takes a directory only when told that one is meant.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         experiment = arguments.pop("experiment_name", None) or arguments.pop("project", None) or "sft-fast"
         self._client = MlflowClient(tracking_uri=uri)
