@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import sft_fast
 from sft_fast.errors import ConfigError, DatasetError
 from sft_fast.inspect import find
-from sft_fast.inspect.diff import compare
+from sft_fast.inspect.diff import compare, show_comparison
 from sft_fast.inspect.find import find_source, search
 from sft_fast.inspect.tokens import Reader
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer_dir
@@ -251,6 +252,20 @@ def test_samples_without_a_partner_are_counted(tokenizer_dir: Path, reader: Read
     result = compare(*datasets, (reader, reader))
 
     assert (result.num_only_here, result.num_only_there, result.num_matched, result.num_identical) == (1, 1, 8, 8)
+
+
+def test_nothing_in_common_is_said(
+    tokenizer_dir: Path, reader: Reader, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data sets of other files have no pairs, and it is said why."""
+    here = make_dataset(tmp_path / "here", tokenizer_dir, random_records(3, seed=1))
+    there = make_dataset(tmp_path / "there", tokenizer_dir, random_records(4, seed=2))
+
+    result = compare(here, there, (reader, reader))
+    show_comparison(result, (here.path, there.path), Console(), with_ids=False)
+
+    assert (result.num_matched, result.num_only_here, result.num_only_there) == (0, 3, 4)
+    assert "no file of one has the path or the content" in " ".join(capsys.readouterr().out.split())
 
 
 def test_only_a_part_is_examined(tokenizer_dir: Path, reader: Reader, tmp_path: Path) -> None:

@@ -271,3 +271,5 @@ def show_comparison(result: Comparison, names: tuple[str, str], console: Console
     rows.append(("compared", examined))
     rows += [(f"  {KINDS[kind]}", count(number)) for kind, number in result.kinds.items() if number]
     console.print(two_columns("comparison", rows))
+    if not result.num_matched:
+        console.print("nothing to compare: no file of one has the path or the content of a file of the other")
