@@ -18,7 +18,8 @@ CORE = ROOT / "rust" / "core" / "src"
 PYTHON_LAYERS = [
     {"errors", "lease"},
     {"_core", "config", "configs", "console", "options"},
-    {"arrow"},
+    {"arrow", "spool", "tables"},
+    {"inputs"},
     {"data", "cache", "prefetch"},
     {"chat_template", "records", "stream"},
     {"views"},

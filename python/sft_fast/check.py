@@ -16,8 +16,8 @@ from rich.console import Console
 import sft_fast
 from sft_fast.config import SFTConfig
 from sft_fast.console import count, policy_rows, size, two_columns
-from sft_fast.data import resolve_files
 from sft_fast.errors import SftFastError
+from sft_fast.inputs import Input, resolve
 from sft_fast.inspect.terminal import show_samples
 from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.plan import BatchArithmetic, train_stream
@@ -42,24 +42,25 @@ def check_run(config: SFTConfig, console: Console, num_samples: int) -> None:
         SftFastError: the first thing that is wrong.
     """
     SFTPipeline(config)  # refuses a strategy or a model directory that cannot be trained
-    files = {name: resolve_files(names) for name, names in config.data_files().items()}
+    files = {name: resolve(names).files for name, names in config.data_files().items()}
     console.print(two_columns("run", _run_rows(config, files)))
-    for name, paths in files.items():
-        _check_data(config, name, paths, console, num_samples if name == "train" else 0)
+    for name, inputs in files.items():
+        _check_data(config, name, inputs, console, num_samples if name == "train" else 0)
     console.print("the configuration is valid")
 
 
-def _run_rows(config: SFTConfig, files: dict[str, list[str]]) -> list[tuple[str, str]]:
-    def described(paths: list[str]) -> str:
-        num_bytes = sum(os.path.getsize(path) for path in paths)
-        name = paths[0] if len(paths) == 1 else f"{len(paths)} files"
-        return f"{name}, {size(num_bytes)}"
+def _run_rows(config: SFTConfig, files: dict[str, list[Input]]) -> list[tuple[str, str]]:
+    def described(inputs: list[Input]) -> str:
+        name = inputs[0].name if len(inputs) == 1 else f"{len(inputs)} files"
+        if not all(os.path.isfile(one.path) for one in inputs):
+            return name
+        return f"{name}, {size(sum(os.path.getsize(one.path) for one in inputs))}"
 
     return [
         ("name", config.exp_name),
         ("model", config.pretrain),
         ("template", config.template),
-        *((f"{name} data", described(paths)) for name, paths in files.items()),
+        *((f"{name} data", described(inputs)) for name, inputs in files.items()),
         ("checkpoints", os.path.join(config.output_dir, "sft_train")),
         ("logs", config.logging_dir),
     ]
@@ -103,19 +104,20 @@ def _yes(holds: bool, meaning: str) -> str:
     return f"yes: {meaning}" if holds else "no"
 
 
-def _check_data(config: SFTConfig, name: str, paths: list[str], console: Console, num_samples: int) -> None:
+def _check_data(config: SFTConfig, name: str, inputs: list[Input], console: Console, num_samples: int) -> None:
     """Preprocesses the beginning of the files into a temporary directory and shows the first samples."""
     with tempfile.TemporaryDirectory(prefix="sft-fast-validate-") as scratch:
         heads: dict[str, str] = {}
-        for number, path in enumerate(paths[:MAX_FILES]):
-            heads[_head(path, Path(scratch, f"head-{number}"))] = path
+        for number, one in enumerate(inputs[:MAX_FILES]):
+            head = Path(scratch, f"head-{number}")
+            heads[_head(one.path, head) if one.batches is None else _first_rows(one, head)] = one.name
         try:
             report = sft_fast.preprocess(list(heads), Path(scratch, "dataset"), **config.preprocess_options())
         except SftFastError as error:
             error.path = heads.get(error.path or "", error.path)
             raise
         dataset = sft_fast.Dataset(report.path)
-        is_whole = len(paths) <= MAX_FILES and all(head == path for head, path in heads.items())
+        is_whole = len(inputs) <= MAX_FILES and all(head == path for head, path in heads.items())
         console.print(
             two_columns(
                 f"{name} data, {'all of it' if is_whole else 'its beginning'}",
@@ -133,6 +135,17 @@ def _check_data(config: SFTConfig, name: str, paths: list[str], console: Console
             console.print(two_columns("batch", _batch_rows(config, dataset if is_whole else None)))
         if num_samples and report.num_samples:
             show_samples(dataset, console, numbers=list(range(min(num_samples, len(dataset)))), renamed=heads)
+
+
+def _first_rows(table: Input, scratch: Path) -> str:
+    """A file with the first rows of a table, as JSON Lines."""
+    num_bytes = 0
+    with scratch.open("wb") as file:
+        for line in table.lines():
+            num_bytes += file.write(line)
+            if num_bytes > MAX_HEAD_BYTES:
+                break
+    return str(scratch)
 
 
 def _head(path: str, scratch: Path) -> str:

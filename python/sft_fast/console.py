@@ -201,6 +201,11 @@ def shapes(records_by_shape: Mapping[str, int]) -> str:
     )
 
 
+def skipped(files: Sequence[str]) -> str:
+    """What was left aside of directories: how many, and the first."""
+    return f"{count(len(files))}: {', '.join(files[:5])}" + (", …" if len(files) > 5 else "")
+
+
 def print_reports(reports: Mapping[str, Report], plans: Mapping[str, Mapping[str, Any]], as_json: bool) -> None:
     """Tables, or JSON: the report itself, or one for each name where the configuration named them."""
     if as_json:
@@ -228,6 +233,7 @@ def report_table(report: Report, title: str, more: Sequence[tuple[str, str]] = (
         [
             ("records", count(report.num_records)),
             ("shapes", shapes(report.records_by_shape)),
+            *([("skipped files", skipped(report.skipped_files))] if report.skipped_files else []),
             ("samples", count(report.num_samples)),
             *(
                 [("  of an older data set", count(report.num_reused_samples))]

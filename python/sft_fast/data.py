@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft_fast import _core, lease
 from sft_fast._core import Progress
-from sft_fast.errors import ConfigError, FileError
+from sft_fast.errors import ConfigError
+from sft_fast.inputs import Files, resolve
 
 if TYPE_CHECKING:  # numpy is a large part of the start-up, and preprocessing needs none
     import datasets
@@ -64,6 +63,8 @@ class Report:
     """Whether the dataset was there already."""
     num_reused_samples: int
     """Samples that were not encoded, because an older dataset had them: their part of the input did not change."""
+    skipped_files: list[str]
+    """What was left aside in directories that were named."""
     why_not_fast: str | None
     """Why the `tokenizers` library encoded, not the fast engine, where it did: the tokens are the same."""
 
@@ -81,7 +82,7 @@ class Sample:
 
 
 def preprocess(
-    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    files: Files,
     output_dir: str | PathLike[str],
     *,
     tokenizer: str | PathLike[str],
@@ -112,7 +113,8 @@ def preprocess(
     dataset already, nothing is done. If anything fails, `output_dir` is as it was.
 
     Args:
-        files: Paths or globs of JSON Lines files or JSON arrays.
+        files: Paths, globs or directories of JSON Lines files, JSON arrays or Parquet files, and data sets of Hugging
+            Face: what `save_to_disk` wrote, or `hf:NAME@CONFIG:SPLIT`.
         output_dir: Directory of the dataset; must be new, empty, or a dataset.
         tokenizer: Directory of a model with `tokenizer.json`.
         template: `native` (the model's own chat template), a name such as `qwen2_5`, or a `.jinja` file.
@@ -170,7 +172,7 @@ def preprocess(
 
 
 def ensure_dataset(
-    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    files: Files,
     cache_dir: str | PathLike[str],
     *,
     tokenizer: str | PathLike[str],
@@ -227,7 +229,7 @@ def ensure_dataset(
 def _preprocess(
     output_dir: str | PathLike[str],
     *,
-    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    files: Files,
     sequence_length: int,
     num_threads: int | None,
     control_tokens: str,
@@ -240,14 +242,15 @@ def _preprocess(
     check_number("sequence_length", sequence_length, 2, 2**32 - 1)
     if num_threads is not None:
         check_number("num_threads", num_threads, 1, 1024)
-    path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = _core.preprocess(
-        resolve_files(files), output_dir, sequence_length=sequence_length, num_threads=num_threads,
-        file_names=getattr(files, "names", None),  # of `records.Spool`
-        policies={
-            "control_tokens": control_tokens, "train_on": train_on, "train_on_tool_calls": train_on_tool_calls,
-            "train_on_thinking": train_on_thinking, "dropped_thinking": dropped_thinking,
-        }, **arguments,
-    )  # fmt: skip
+    inputs = resolve(files)
+    with inputs.opened(output_dir) as (paths, names):
+        path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = _core.preprocess(
+            paths, output_dir, sequence_length=sequence_length, num_threads=num_threads, file_names=names,
+            policies={
+                "control_tokens": control_tokens, "train_on": train_on, "train_on_tool_calls": train_on_tool_calls,
+                "train_on_thinking": train_on_thinking, "dropped_thinking": dropped_thinking,
+            }, **arguments,
+        )  # fmt: skip
     manifest = json.loads(manifest_json)
     return Report(
         path=fspath(path),
@@ -257,6 +260,7 @@ def _preprocess(
         reused=reused,
         num_reused_samples=num_reused_samples,
         why_not_fast=why_not_fast,
+        skipped_files=inputs.skipped,
         **{key: manifest[key] for key in _REPORTED},
     )
 
@@ -266,22 +270,6 @@ _REPORTED = (
     "num_truncated", "num_cut_answers", "num_split_samples", "num_skipped_answers", "num_control_text", "num_tokens",
     "num_label_tokens",
 )  # fmt: skip
-
-
-def resolve_files(files: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
-    """Paths and globs as a list of files: each glob sorted, the order of the arguments kept.
-
-    Raises:
-        FileError: A path does not exist, or a glob matches nothing.
-    """
-    resolved = []
-    for path in [files] if isinstance(files, str | PathLike) else files:
-        path = fspath(path)
-        found = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
-        if not found:
-            raise FileError("expected a file or a glob that matches one, found nothing", path=path)
-        resolved += found
-    return resolved
 
 
 def verify(path: str | PathLike[str], progress: Callable[[int], object] | None = None) -> None:

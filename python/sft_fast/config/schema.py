@@ -148,7 +148,8 @@ class DataArguments:
     """Files of records and how they become samples."""
 
     file_name: str | list[str] | None = None
-    """JSONL or JSON files: a path, a glob, or a list of both."""
+    """JSON Lines, JSON or Parquet files, directories of them, or `hf:NAME@CONFIG:SPLIT` for a data set of Hugging Face: a
+    path, a glob, or a list."""
 
     template: str = "native"
     """Chat template: `native` is the tokenizer's own, other names are built in. `global_template` replaces it."""
