@@ -341,15 +341,15 @@ ZIPPED = gzip.compress(dump_lines(random_records(50)))
 
 # name: (what makes the file, class of the error, a part of its text)
 FILES: dict[str, tuple[Any, type[SftFastError], str]] = {
-    "missing": (str, FileError, "expected a file or a glob that matches one"),
-    "directory": (Path.mkdir, FileError, "found a directory"),
+    "missing": (str, FileError, "expected a file, a directory or a glob that matches one"),
+    "empty directory": (Path.mkdir, FileError, "in this directory, found nothing"),
     "pipe": (os.mkfifo, FileError, "found a pipe"),
     "dangling link": (lambda path: path.symlink_to("nowhere"), FileError, "could not read|expected a file"),
     "empty": (write(b""), InputError, "expected records, found none"),
     "blank": (write(b"\n \r\n\t\n"), InputError, "expected records, found none"),
     "byte order mark alone": (write(b"\xef\xbb\xbf"), InputError, "expected records, found none"),
     "empty array": (write(b" [ ]\n"), InputError, "expected records, found none"),
-    "Parquet": (write(b"PAR1\x15\x04"), InputError, "found a Parquet file"),
+    "cut Parquet": (write(b"PAR1\x15\x04"), FileError, "could not read the Parquet file"),
     "no gzip": (write(b"\x1f\x8b\x08garbage that is no gzip"), FileError, "could not read"),
     "cut gzip": (write(ZIPPED[:-9]), FileError, "could not read"),
     "changed gzip": (write(ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:]), FileError, "could not read"),

@@ -1,8 +1,8 @@
 """Rows of Arrow tables → records as JSON Lines: Parquet files, and data sets of the library `datasets`.
 
 Rows come in small batches, so that memory is bounded. Tables give every row every field: where a record lacks one, its
-row has null. So a field that is null is taken for one that is not there, in a record and in every object inside it, as TRL
-does. Only the `content` of a message stays: null is a value there, in answers that call tools.
+row has null. So a field that is null is taken for one that is not there, in a record and in every object inside it, as
+TRL does. Only the `content` of a message stays: null is a value there, in answers that call tools.
 """
 
 from __future__ import annotations

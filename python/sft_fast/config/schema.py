@@ -148,8 +148,8 @@ class DataArguments:
     """Files of records and how they become samples."""
 
     file_name: str | list[str] | None = None
-    """JSON Lines, JSON or Parquet files, directories of them, or `hf:NAME@CONFIG:SPLIT` for a data set of Hugging Face: a
-    path, a glob, or a list."""
+    """JSON Lines, JSON or Parquet files, directories of them, or `hf:NAME@CONFIG:SPLIT` for a data set of Hugging Face:
+    a path, a glob, or a list."""
 
     template: str = "native"
     """Chat template: `native` is the tokenizer's own, other names are built in. `global_template` replaces it."""
