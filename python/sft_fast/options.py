@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 # What `template` may name; `.jinja` files besides, which the shell completes.
-TEMPLATES = ("native", "chatml", "gemma", "llama3", "phi3", "qwen2_5", "qwen3", "smollm2")
+TEMPLATES = ("native", "none", "chatml", "gemma", "llama3", "phi3", "qwen2_5", "qwen3", "smollm2")
 
 
 def complete_config_name(context: typer.Context, incomplete: str) -> list[str]:
