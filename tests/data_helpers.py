@@ -172,7 +172,19 @@ def write_dataset(
         "vocab_size": vocab_size,
         "pad_token_id": 0,
         "token_type": token_type,
-        "files": [{"path": "data.jsonl", "num_bytes": 1, "blake3": "0" * 64, "num_records": len(samples)}],
+        "files": [
+            {
+                "path": "data.jsonl",
+                "num_bytes": 1,
+                "blake3": "0" * 64,
+                "num_records": len(samples),
+                "num_samples": len(samples),
+                "num_rejected": 0,
+                "num_tokens": sum(len(ids) for ids, _ in samples),
+                "num_label_tokens": sum(sum(mask[1:]) for _, mask in samples),
+            }
+        ],
+        "sources": [{"name": "data", "num_files": 1}],
         "num_records": len(samples),
         "num_samples": len(samples),
         "num_rejected": 0,

@@ -228,7 +228,7 @@ def test_required_keys(load: Any, key: str, value: str | None) -> None:
         (
             "sft_train.data_args.file_name",
             [1],
-            "expected a text or a list of texts or null, found the list [1]",
+            "expected a text or a group of keys or a list of them or null, found the list [1]",
         ),
         (
             "track_with",

@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,13 @@ MANIFEST_DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "records that do not add up": lambda manifest: manifest.update(num_records=4),
     "records of files that do not add up": lambda manifest: manifest["files"][0].update(num_records=2),
     "more records by shape than records": lambda manifest: manifest.update(records_by_shape={"text": 4}),
+    "samples of files that do not add up": lambda manifest: manifest["files"][0].update(num_samples=2),
+    "rejects of files that do not add up": lambda manifest: manifest["files"][0].update(num_rejected=1),
+    "tokens of files that do not add up": lambda manifest: manifest["files"][0].update(num_tokens=1),
+    "label tokens of files that do not add up": lambda manifest: manifest["files"][0].update(num_label_tokens=1),
+    "files of no source": lambda manifest: manifest.update(sources=[]),
+    "files of sources that are not there": lambda manifest: manifest["sources"][0].update(num_files=2),
+    "sources of the same name": lambda manifest: manifest["sources"].append({"name": "data", "num_files": 0}),
     "rejects that do not add up": lambda manifest: manifest.update(num_rejected=1, num_records=4),
     "reasons that do not add up": lambda manifest: manifest.update(rejected_by_reason={"too_long": 1}),
     "reasons that overflow": lambda manifest: manifest.update(rejected_by_reason={"a": 2**64 - 1, "b": 1}),
@@ -304,6 +312,16 @@ def test_verify_counts_samples_lengths_and_rejects(whole: Path) -> None:
         sft_fast.verify(whole)
 
 
+def move_to_a_second_file(count: str, manifest: dict[str, Any]) -> None:
+    """Says that one of what the first file has is of a second, which has nothing else."""
+    second = {"path": "more.jsonl", "num_bytes": 1, "blake3": "0" * 64}
+    [first] = manifest["files"]
+    manifest["files"].append({**dict.fromkeys(first, 0), **second, count: 1})
+    first[count] -= 1
+    manifest["sources"][0]["num_files"] = 2
+    manifest["fingerprint"] = fingerprint_of(manifest)
+
+
 @pytest.mark.parametrize(
     "edit",
     [
@@ -314,7 +332,8 @@ def test_verify_counts_samples_lengths_and_rejects(whole: Path) -> None:
         lambda manifest: manifest["files"][0].update(num_bytes=2),
         lambda manifest: manifest["sample_tokens"].update(p90=3),
         lambda manifest: manifest["sample_tokens"].pop("min"),
-        lambda manifest: manifest.update(num_label_tokens=5),
+        lambda manifest: (manifest.update(num_label_tokens=5), manifest["files"][0].update(num_label_tokens=5)),
+        *(partial(move_to_a_second_file, count) for count in ("num_samples", "num_tokens", "num_label_tokens")),
         lambda manifest: manifest["shards"][0].update(sha256="1" * 64),
     ],
 )

@@ -17,7 +17,9 @@ CORE = ROOT / "rust" / "core" / "src"
 # ones, and from itself.
 PYTHON_LAYERS = [
     {"errors", "lease"},
-    {"_core", "config", "configs", "console", "options"},
+    {"_core", "configs", "options"},
+    {"mixing"},
+    {"config", "console"},
     {"arrow", "spool", "tables"},
     {"inputs"},
     {"data", "cache", "prefetch"},
@@ -39,7 +41,7 @@ RUST_LAYERS = [
     {"error", "json", "random"},
     {"hash"},
     {"source", "conversation", "tokenize", "staging", "shard", "listing", "pack"},
-    {"plan", "template", "sample", "manifest"},
+    {"plan", "mix", "template", "sample", "manifest"},
     {"dataset"},
     {"model", "batch"},
     {"sampler", "assemble", "survey"},

@@ -16,6 +16,7 @@ from sft_fast.errors import (
     TokenizerError,
     TrainError,
 )
+from sft_fast.mixing import Source
 from sft_fast.records import preprocess_records
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "Sample",
     "SftFastError",
+    "Source",
     "TemplateError",
     "TokenizerError",
     "TrainError",

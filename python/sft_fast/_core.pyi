@@ -20,6 +20,7 @@ __all__ = [
     "cpu_features",
     "engine_level",
     "preprocess",
+    "samples_taken",
     "total_steps",
 ]
 
@@ -73,6 +74,7 @@ def preprocess(
     overwrite: bool,
     progress: Callable[[Progress], object] | None,
     file_names: Sequence[str] | None = None,
+    sources: Sequence[tuple[str, int]] | None = None,
     chunk_bytes: int | None = None,
     max_shard_tokens: int | None = None,
 ) -> tuple[str, str, bool, int, float, str | None]: ...
@@ -136,7 +138,16 @@ class Dataset:
         """
     def manifest(self) -> str: ...
     def verify(self, progress: Callable[[int], object] | None) -> None: ...
-    def pack(self, sequence_length: int, seed: int, epoch: int, packed: bool) -> Packing: ...
+    def files(self) -> NDArray[np.uint32]:
+        """Number of the file in the manifest that each sample comes from, uint32 [num_samples]."""
+    def pack(
+        self,
+        sequence_length: int,
+        seed: int,
+        epoch: int,
+        packed: bool,
+        shares: list[tuple[int, int, int | None]] | None = None,
+    ) -> Packing: ...
 
 @final
 class Packing:
@@ -180,5 +191,8 @@ def cpu_features() -> list[tuple[str, bool]]:
 
 def engine_level() -> str:
     """The path that the tokenizer engine takes on this machine: `avx512`, `avx2`, `neon` or `plain`."""
+
+def samples_taken(num_samples: int, weight_millionths: int, max_samples: int | None = None) -> tuple[int, int, bool]:
+    """Samples that are used at all, samples of an epoch, and whether all epochs take the same, of a source."""
 
 def total_steps(num_steps_per_epoch: int, num_epochs: float, max_steps: int | None = None) -> int: ...

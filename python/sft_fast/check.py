@@ -19,6 +19,7 @@ from sft_fast.console import count, policy_rows, size, two_columns
 from sft_fast.errors import SftFastError
 from sft_fast.inputs import Input, resolve
 from sft_fast.inspect.terminal import show_samples
+from sft_fast.mixing import Entry, read_entries
 from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.plan import BatchArithmetic, train_stream
 
@@ -42,10 +43,14 @@ def check_run(config: SFTConfig, console: Console, num_samples: int) -> None:
         SftFastError: the first thing that is wrong.
     """
     SFTPipeline(config)  # refuses a strategy or a model directory that cannot be trained
-    files = {name: resolve(names).files for name, names in config.data_files().items()}
+    data = {
+        name: [(entry, resolve(entry.paths).files) for entry in read_entries(files)]
+        for name, files in config.data_files().items()
+    }
+    files = {name: [one for _, inputs in sources for one in inputs] for name, sources in data.items()}
     console.print(two_columns("run", _run_rows(config, files)))
-    for name, inputs in files.items():
-        _check_data(config, name, inputs, console, num_samples if name == "train" else 0)
+    for name, sources in data.items():
+        _check_data(config, name, sources, console, num_samples if name == "train" else 0)
     console.print("the configuration is valid")
 
 
@@ -104,20 +109,30 @@ def _yes(holds: bool, meaning: str) -> str:
     return f"yes: {meaning}" if holds else "no"
 
 
-def _check_data(config: SFTConfig, name: str, inputs: list[Input], console: Console, num_samples: int) -> None:
+def _check_data(
+    config: SFTConfig, name: str, sources: list[tuple[Entry, list[Input]]], console: Console, num_samples: int
+) -> None:
     """Preprocesses the beginning of the files into a temporary directory and shows the first samples."""
     with tempfile.TemporaryDirectory(prefix="sft-fast-validate-") as scratch:
         heads: dict[str, str] = {}
-        for number, one in enumerate(inputs[:MAX_FILES]):
-            head = Path(scratch, f"head-{number}")
-            heads[_head(one.path, head) if one.batches is None else _first_rows(one, head)] = one.name
+        read: list[dict[str, Any]] = []
+        for entry, inputs in sources:
+            own = []
+            for one in inputs[: MAX_FILES - len(heads)]:
+                head = Path(scratch, f"head-{len(heads)}")
+                own.append(_head(one.path, head) if one.batches is None else _first_rows(one, head))
+                heads[own[-1]] = one.name
+            if own:
+                weights = {"weight": entry.weight, "max_samples": entry.max_samples}
+                read.append({"path": own, "name": entry.name, **weights})
         try:
-            report = sft_fast.preprocess(list(heads), Path(scratch, "dataset"), **config.preprocess_options())
+            report = sft_fast.preprocess(read, Path(scratch, "dataset"), **config.preprocess_options())
         except SftFastError as error:
             error.path = heads.get(error.path or "", error.path)
             raise
-        dataset = sft_fast.Dataset(report.path)
-        is_whole = len(inputs) <= MAX_FILES and all(head == path for head, path in heads.items())
+        dataset = sft_fast.Dataset(report.path, report.sources)
+        num_files = sum(len(inputs) for _, inputs in sources)
+        is_whole = num_files == len(heads) and all(head == path for head, path in heads.items())
         console.print(
             two_columns(
                 f"{name} data, {'all of it' if is_whole else 'its beginning'}",

@@ -129,9 +129,7 @@ def preprocess(
 
         config = _load(config_path, config_name, arguments)
         reports = _preprocess_config(config)
-        console.print_reports(
-            reports, plans_of(config, {name: report.path for name, report in reports.items()}), as_json
-        )
+        console.print_reports(reports, plans_of(config, reports), as_json)
         return
     import sft_fast
 
@@ -174,7 +172,7 @@ def preprocess(
             progress=progress,
         )
     # Of epoch 0; the others hardly differ.
-    packing = sft_fast.Dataset(report.path).pack(sequence_length=sequence_length)
+    packing = sft_fast.Dataset(report.path, report.sources).pack(sequence_length=sequence_length)
     packs = {"num_packs": len(packing), "fill_ratio": packing.fill_ratio}
     console.print_reports({"": report}, {"": packs}, as_json)
 

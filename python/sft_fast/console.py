@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from sft_fast import Source
     from sft_fast._core import Progress as PreprocessState
     from sft_fast.cache import CacheContent, CachedDataset, PruneReport
     from sft_fast.data import Report
@@ -215,8 +216,7 @@ def print_reports(reports: Mapping[str, Report], plans: Mapping[str, Mapping[str
         print(json.dumps(values.get("", values), default=str))
         return
     for name, report in reports.items():
-        table = report_table(report, name or "preprocessed", plan_rows(**plans[name]))
-        stdout_console().print(table)
+        print_report(stdout_console(), report, name or "preprocessed", plan_rows(**plans[name]))
         if report.num_rejected:
             print_note(f"what was left out, and why: {os.path.join(report.path, 'rejected.jsonl')}")
         if report.why_not_fast and not report.reused:
@@ -266,6 +266,40 @@ def plan_rows(
     if num_steps_per_epoch is not None and num_steps is not None:
         rows.append(("steps", f"{count(num_steps)}, {count(num_steps_per_epoch)} an epoch"))
     return rows
+
+
+def print_report(console: Console, report: Report, title: str, more: Sequence[tuple[str, str]] = ()) -> None:
+    """The outcome of preprocessing, and of each source, unless there is one and it is used as it is."""
+    console.print(report_table(report, title, more))
+    if len(report.sources) > 1 or not report.sources[0].is_whole:
+        console.print(source_table(report.sources))
+
+
+def source_table(sources: Sequence[Source]) -> Table:
+    """What came of each source, and how much of it an epoch uses."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="sources", title_justify="left", title_style="bold", box=None, padding=(0, 2))
+    table.add_column("source", style="dim", overflow="fold")
+    for name in ("records", "rejected", "samples", "tokens", "label tokens", "weight", "at most", "an epoch"):
+        table.add_column(name, justify="right")
+    for source in sources:
+        counts = (
+            source.num_records,
+            source.num_rejected,
+            source.num_samples,
+            source.num_tokens,
+            source.num_label_tokens,
+        )
+        table.add_row(
+            Text(source.name),
+            *map(count, counts),
+            f"{source.weight:g}",
+            "all" if source.max_samples is None else count(source.max_samples),
+            count(source.num_samples_per_epoch),
+        )
+    return table
 
 
 def policy_rows(report: Report) -> list[tuple[str, str]]:

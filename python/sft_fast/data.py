@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal
 
 from sft_fast import _core, lease
 from sft_fast._core import Progress
 from sft_fast.errors import ConfigError
-from sft_fast.inputs import Files, resolve
+from sft_fast.inputs import Inputs, resolve
+from sft_fast.mixing import Files, Source, describe, read_entries, shares
 
 if TYPE_CHECKING:  # numpy is a large part of the start-up, and preprocessing needs none
     import datasets
@@ -65,6 +66,8 @@ class Report:
     """Samples that were not encoded, because an older dataset had them: their part of the input did not change."""
     skipped_files: list[str]
     """What was left aside in directories that were named."""
+    sources: tuple[Source, ...]
+    """What came of each entry of `files`, and how much of it an epoch uses: for `Dataset(path, sources=...)`."""
     why_not_fast: str | None
     """Why the `tokenizers` library encoded, not the fast engine, where it did: the tokens are the same."""
 
@@ -114,7 +117,9 @@ def preprocess(
 
     Args:
         files: Paths, globs or directories of JSON Lines files, JSON arrays or Parquet files, and data sets of Hugging
-            Face: what `save_to_disk` wrote, or `hf:NAME@CONFIG:SPLIT`.
+            Face: what `save_to_disk` wrote, or `hf:NAME@CONFIG:SPLIT`. A list mixes sources: each entry is one, and may
+            be a mapping of `path`, `name`, `weight` and `max_samples`; the last two decide what an epoch uses, and
+            never the tokens (`Report.sources`).
         output_dir: Directory of the dataset; must be new, empty, or a dataset.
         tokenizer: Directory of a model with `tokenizer.json`.
         template: `native` (the model's own chat template), a name such as `qwen2_5`, or a `.jinja` file.
@@ -242,10 +247,17 @@ def _preprocess(
     check_number("sequence_length", sequence_length, 2, 2**32 - 1)
     if num_threads is not None:
         check_number("num_threads", num_threads, 1, 1024)
-    inputs = resolve(files)
+    entries = read_entries(files)
+    inputs, num_files = Inputs(), []
+    for entry in entries:
+        found = resolve(entry.paths)
+        num_files.append(len(found.files))
+        inputs.files += found.files
+        inputs.skipped += found.skipped
     with inputs.opened(output_dir) as (paths, names):
         path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = _core.preprocess(
             paths, output_dir, sequence_length=sequence_length, num_threads=num_threads, file_names=names,
+            sources=[(entry.name, num) for entry, num in zip(entries, num_files, strict=True)],
             policies={
                 "control_tokens": control_tokens, "train_on": train_on, "train_on_tool_calls": train_on_tool_calls,
                 "train_on_thinking": train_on_thinking, "dropped_thinking": dropped_thinking,
@@ -254,6 +266,13 @@ def _preprocess(
     manifest = json.loads(manifest_json)
     return Report(
         path=fspath(path),
+        sources=describe(
+            manifest,
+            [
+                Source(name=entry.name, num_files=num, weight=entry.weight, max_samples=entry.max_samples)
+                for entry, num in zip(entries, num_files, strict=True)
+            ],
+        ),
         max_sample_tokens=manifest["sample_tokens"].get("max", 0),
         num_bytes=sum(file["num_bytes"] for file in manifest["files"]),
         seconds=seconds,
@@ -293,9 +312,11 @@ class Dataset(Sequence[Sample]):
 
     Args:
         path: Directory that `preprocess` wrote.
+        sources: How much of each source an epoch uses, such as `Report.sources`; by default each sample, once.
 
     Raises:
         DatasetError: It is no dataset, or damaged. Checksums are not read; `verify` does that.
+        ConfigError: `sources` are those of other files.
 
     Examples:
         >>> dataset = sft_fast.Dataset("out")
@@ -306,13 +327,15 @@ class Dataset(Sequence[Sample]):
         ('data.jsonl:1', dtype('uint32'), dtype('bool'))
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], sources: Sequence[Source] | None = None) -> None:
         self.path = fspath(path)
         self._use = lease.Use(path)
         self._core = _core.Dataset(path)
+        self.sources = describe(self.manifest, sources)
+        """The sources, in order, with their counts."""
 
-    def __reduce__(self) -> tuple[type[Dataset], tuple[str]]:
-        return Dataset, (self.path,)
+    def __reduce__(self) -> tuple[type[Dataset], tuple[str, tuple[Source, ...]]]:
+        return Dataset, (self.path, self.sources)
 
     def __len__(self) -> int:
         return len(self._core)
@@ -334,6 +357,50 @@ class Dataset(Sequence[Sample]):
     def lengths(self) -> NDArray[np.uint32]:
         """Tokens of each sample, uint32 [num_samples]."""
         return self._core.lengths()
+
+    @functools.cached_property
+    def source_numbers(self) -> NDArray[np.uint32]:
+        """The source of each sample, as a number into `sources`, uint32 [num_samples]."""
+        import numpy as np
+
+        of_file = [number for number, source in enumerate(self.sources) for _ in range(source.num_files)]
+        return np.array(of_file, np.uint32)[self._core.files()]
+
+    def source_of(self, index: int) -> str:
+        """The name of the source that sample `index` belongs to.
+
+        Examples:
+            >>> sft_fast.Dataset("out").source_of(0)
+            'data'
+        """
+        return self.sources[int(self.source_numbers[_index(index, len(self))])].name
+
+    def mix(self, weights: Mapping[str, float], max_samples: Mapping[str, int] | None = None) -> Dataset:
+        """The same samples, of which an epoch uses those of some sources more or less often.
+
+        Args:
+            weights: How often an epoch uses a sample, by the name of its source; 1 where a source is left out.
+            max_samples: Samples that are used at all, by the name of their source; all where a source is left out.
+
+        Raises:
+            ConfigError: There is no such source, or a number is out of range.
+
+        Examples:
+            >>> dataset = sft_fast.Dataset("out").mix({"data": 2.0})
+            >>> sorted(dataset.pack(sequence_length=256)[0].tolist())
+            [0, 0, 1, 1, 2, 2]
+        """
+        max_samples = max_samples or {}
+        names = [source.name for source in self.sources]
+        for name in (*weights, *max_samples):
+            if name not in names:
+                raise ConfigError(f'expected one of the sources {", ".join(names)}, found "{name}"')
+        changed = []
+        for source in self.sources:
+            weight, most = weights.get(source.name, 1.0), max_samples.get(source.name)
+            [entry] = read_entries({"path": source.name, "weight": weight, "max_samples": most}, source.name)
+            changed.append(replace(source, weight=entry.weight, max_samples=entry.max_samples))
+        return Dataset(self.path, changed)
 
     @property
     def fingerprint(self) -> str:
@@ -371,8 +438,8 @@ class Dataset(Sequence[Sample]):
     def pack(self, *, sequence_length: int, seed: int = 42, epoch: int = 0) -> Packing:
         """Plan packs: rows of whole samples, as full as they can be made.
 
-        A pure function of the sample lengths and the arguments, equal on every rank and machine. Every sample is in
-        exactly one pack.
+        A pure function of the sample lengths, the sources and the arguments, equal on every rank and machine. Every
+        sample is in exactly one pack; where sources have weights, in as many as the epoch uses it.
 
         Args:
             sequence_length: Tokens that a pack may hold.
@@ -403,7 +470,7 @@ class Dataset(Sequence[Sample]):
         check_number("sequence_length", sequence_length, 1, 2**32 - 1)
         check_number("seed", seed, 0, 2**64 - 1)
         check_number("epoch", epoch, 0, 2**64 - 1)
-        return Packing(self, self._core.pack(sequence_length, seed, epoch, packed))
+        return Packing(self, self._core.pack(sequence_length, seed, epoch, packed, shares(self.sources)))
 
 
 class Packing(Sequence["NDArray[np.uint32]"]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,8 +34,11 @@ class StepStream:
     """The steps of a run, as a pure function of the step number: nothing to save, nothing to lose.
 
     Which samples form step k depends on the dataset, `sequence_length`, `seed` and `num_rows_per_step` alone, so a run
-    may go on with any number of ranks. Every sample is used exactly once an epoch; the last step of an epoch has the
-    rows that are left, and its loss is divided by its own label tokens.
+    may go on with any number of ranks. Every sample is used exactly once an epoch, or as often as the weight of its
+    source says; the last step of an epoch has the rows that are left, and its loss is divided by its own label tokens.
+
+    Where an epoch uses only a part of a source and rows are packs, epochs may differ by a few steps: which samples come
+    decides how many packs they fill. Then the epochs before a step are planned to find it.
 
     Args:
         dataset: The samples.
@@ -77,10 +82,13 @@ class StepStream:
         self._num_rows_per_step = num_rows_per_step
         # Two epochs: prefetching crosses from one into the next.
         self._epoch_plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
+        self._is_steady = not packed or all(source.is_steady for source in dataset.sources)
         self.num_steps_per_epoch = len(self._epoch_plan(0)[1])
-        self.num_steps = _core.total_steps(self.num_steps_per_epoch, num_epochs, max_steps if max_steps > 0 else None)
+        """Steps of the first epoch."""
         if self.num_steps_per_epoch == 0:
             raise ConfigError(f"expected samples to train on, found none in {dataset.path}")
+        self._epoch_ends = [self.num_steps_per_epoch]  # steps of all epochs up to the end of each
+        self.num_steps = self._count_steps(num_epochs, max_steps)
         if self.num_steps < 1:
             raise ConfigError(f"expected at least one step to train, found num_epochs={num_epochs}")
 
@@ -89,9 +97,41 @@ class StepStream:
         packing = make(sequence_length=self._sequence_length, seed=self._seed, epoch=epoch)
         return packing, packing._core.steps(self._num_rows_per_step)
 
+    def _count_steps(self, num_epochs: float, max_steps: int) -> int:
+        """Steps of the run."""
+        if max_steps > 0:
+            return max_steps
+        num_whole = math.floor(num_epochs) if math.isfinite(num_epochs) and not self._is_steady else 0
+        before = self.first_step_of(num_whole) if num_whole > 0 else 0
+        return before + _core.total_steps(self.num_steps_of(num_whole), num_epochs - num_whole)
+
+    def num_steps_of(self, epoch: int) -> int:
+        """Steps of an epoch, from 0."""
+        return self.num_steps_per_epoch if self._is_steady else len(self._epoch_plan(epoch)[1])
+
+    def first_step_of(self, epoch: int) -> int:
+        """Global step that an epoch begins with."""
+        if self._is_steady:
+            return epoch * self.num_steps_per_epoch
+        while len(self._epoch_ends) < epoch:
+            self._epoch_ends.append(self._epoch_ends[-1] + self.num_steps_of(len(self._epoch_ends)))
+        return self._epoch_ends[epoch - 1] if epoch else 0
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a global step, and its step in that epoch; all count from 0."""
+        if self._is_steady:
+            return divmod(step, self.num_steps_per_epoch)
+        while self._epoch_ends[-1] <= step:
+            self.first_step_of(len(self._epoch_ends) + 1)
+        epoch = bisect.bisect_right(self._epoch_ends, step)
+        return epoch, step - self.first_step_of(epoch)
+
     def epoch_of(self, step: int) -> float:
         """How many epochs are done after `step` steps."""
-        return step / self.num_steps_per_epoch
+        if self._is_steady:
+            return step / self.num_steps_per_epoch
+        epoch, index = self.locate(step)
+        return epoch + index / self.num_steps_of(epoch)
 
     def packing(self, epoch: int) -> Packing:
         """The rows of an epoch."""
@@ -109,14 +149,21 @@ class StepStream:
         """
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
+        epoch, index = self.locate(step)
+        plan = self.step_of(epoch, index, rank=rank, world_size=world_size, rows_per_micro_batch=rows_per_micro_batch)
+        return replace(plan, step=step)
+
+    def step_of(
+        self, epoch: int, index: int, *, rank: int = 0, world_size: int = 1, rows_per_micro_batch: int
+    ) -> StepPlan:
+        """As `step`, for step `index` of an epoch; `StepPlan.step` counts in it."""
         if not 0 <= rank < world_size:
             raise IndexError(f"rank {rank} of {world_size}")
-        epoch, index = divmod(step, self.num_steps_per_epoch)
         packing, steps = self._epoch_plan(epoch)
         rows = steps.rows(index)
         num_tokens, num_label_tokens = packing._core.count_tokens(rows)
         return StepPlan(
-            step=step,
+            step=index,
             epoch=epoch,
             num_rows=len(rows),
             num_tokens=num_tokens,

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sft_fast.data import Batch, Dataset, Packing, check_number
 from sft_fast.errors import ConfigError
+from sft_fast.mixing import shares
 from sft_fast.prefetch import Prefetcher
 from sft_fast.stream import StepStream
 
@@ -173,9 +174,11 @@ class StepView(IterableDataset[Item]):
 
     def _make_stream(self) -> None:
         self._stream = StepStream(self.dataset, **self._plan, max_steps=2**62)
-        self.num_steps = self._stream.num_steps_per_epoch
-        """Global steps of an epoch."""
-        self._num_rows = len(self._stream.packing(0))
+
+    @property
+    def num_steps(self) -> int:
+        """Global steps of the epoch."""
+        return self._stream.num_steps_of(int(self._shared[0]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_stream"}
@@ -186,13 +189,16 @@ class StepView(IterableDataset[Item]):
 
     def __len__(self) -> int:
         """Items of an epoch."""
-        last = self.num_steps - 1
-        return last * self._num_micro_batches(0) + self._num_micro_batches(last)
+        return self._num_items(int(self._shared[0]))
 
-    def _num_micro_batches(self, step: int) -> int:
+    def _num_items(self, epoch: int) -> int:
+        last = self._stream.num_steps_of(epoch) - 1
+        return last * self._num_micro_batches(epoch, 0) + self._num_micro_batches(epoch, last)
+
+    def _num_micro_batches(self, epoch: int, step: int) -> int:
         """Items of a step of an epoch."""
         num_rows_per_step: int = self._plan["num_rows_per_step"]
-        num_rows = min(num_rows_per_step, self._num_rows - step * num_rows_per_step)
+        num_rows = min(num_rows_per_step, len(self._stream.packing(epoch)) - step * num_rows_per_step)
         num_rows_of_rank = -(-num_rows // self._split["world_size"])
         return -(-num_rows_of_rank // self._split["rows_per_micro_batch"])
 
@@ -231,8 +237,8 @@ class StepView(IterableDataset[Item]):
     ) -> Iterator[tuple[tuple[int, int, int], Item]]:
         """Each `stride`-th item from the `first` on, and the place behind it."""
         number = -first_micro_batch
-        for step in range(first_step, self.num_steps):
-            plan = self._stream.step(epoch * self.num_steps + step, **self._split)
+        for step in range(first_step, self._stream.num_steps_of(epoch)):
+            plan = self._stream.step_of(epoch, step, **self._split)
             size = len(plan.micro_batches)
             for micro_batch, rows in enumerate(plan.micro_batches):
                 if number >= 0 and number % stride == first:
@@ -254,10 +260,10 @@ class StepView(IterableDataset[Item]):
         _refuse_in_worker()
         epoch, step, micro_batch = self._place
         if num_items is not None:
-            check_number("num_items", num_items, 0, len(self))
-            step, micro_batch = divmod(num_items, self._num_micro_batches(0))
-            if num_items == len(self):
-                step, micro_batch = self.num_steps, 0
+            check_number("num_items", num_items, 0, self._num_items(epoch))
+            step, micro_batch = divmod(num_items, self._num_micro_batches(epoch, 0))
+            if num_items == self._num_items(epoch):
+                step, micro_batch = self._stream.num_steps_of(epoch), 0
         elif self._shared[3]:
             raise ConfigError(
                 "expected num_items, since worker processes read the view",
@@ -279,7 +285,7 @@ class StepView(IterableDataset[Item]):
             raise ConfigError(f"expected a state of {expected}, found {found}")
         epoch, step, micro_batch = (int(state[name]) for name in ("epoch", "step", "micro_batch"))
         check_number("epoch", epoch, 0, 2**31 - 1)
-        check_number("step", step, 0, self.num_steps)
+        check_number("step", step, 0, self._stream.num_steps_of(epoch))
         names = ("world_size", "rows_per_micro_batch")
         if micro_batch and any(state[name] != self._split[name] for name in names):
             sizes = {name: state[name] for name in names}
@@ -287,11 +293,16 @@ class StepView(IterableDataset[Item]):
                 f"expected a state at the beginning of a step, or of {self._split}, found micro-batch {micro_batch} of "
                 f"a step of {sizes}"
             )
-        check_number("micro_batch", micro_batch, 0, max(0, self._num_micro_batches(step) - 1))
+        check_number("micro_batch", micro_batch, 0, max(0, self._num_micro_batches(epoch, step) - 1))
         self._go_to(epoch, step, micro_batch)
 
     def _identity(self) -> dict[str, Any]:
-        return {**self._plan, "fingerprint": self.dataset.fingerprint}
+        mix = shares(self.dataset.sources)
+        return {
+            **self._plan,
+            "fingerprint": self.dataset.fingerprint,
+            **({"mix": [list(share) for share in mix]} if mix else {}),
+        }
 
 
 def _refuse_in_worker() -> None:

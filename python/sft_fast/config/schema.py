@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from sft_fast.config.values import Bound, check_values, parse_device_mapping
 from sft_fast.errors import ConfigError
+from sft_fast.mixing import Files, read_entries
 
 PositiveInt = Annotated[int, Bound(at_least=1)]
 CountOrZero = Annotated[int, Bound(at_least=0)]
@@ -147,9 +148,10 @@ class TrainingArguments:
 class DataArguments:
     """Files of records and how they become samples."""
 
-    file_name: str | list[str] | None = None
+    file_name: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
     """JSON Lines, JSON or Parquet files, directories of them, or `hf:NAME@CONFIG:SPLIT` for a data set of Hugging Face:
-    a path, a glob, or a list."""
+    a path, a glob, or a list of sources. A source is one of these, or a group of `path`, `name`, `weight` (how often an
+    epoch uses a sample of it) and `max_samples`. Weights and caps never encode anything anew."""
 
     template: str = "native"
     """Chat template: `native` is the tokenizer's own, other names are built in. `global_template` replaces it."""
@@ -406,6 +408,9 @@ class SFTConfig:
                 location="sft_train.data_args.file_name",
                 hint="name a JSONL or JSON file, a glob, or a list of them",
             )
+        read_entries(train.data_args.file_name, "sft_train.data_args.file_name")
+        if self.validation_file_name is not None:
+            _check_validation_files(self.validation_file_name, "validation.data_args.file_name")
         if self.early_stopping_patience and self.validation_file_name is None:
             raise ConfigError(
                 "early stopping needs validation data",
@@ -427,30 +432,27 @@ class SFTConfig:
         return self.global_template or self.sft_train.data_args.template
 
     @property
-    def validation_file_name(self) -> str | list[str] | None:
+    def validation_file_name(self) -> Files | None:
         """The validation files as written, or None where there is no validation."""
         return (self.validation.data_args.file_name or None) if self.validation else None
 
-    def data_files(self) -> dict[str, str | list[str]]:
+    def data_files(self) -> dict[str, Files]:
         """The files of each data set of the run as written: `train`, and those of `validation_sources`."""
         train_files = self.sft_train.data_args.file_name
         assert train_files, "checked when the configuration was made"
         return {"train": train_files, **self.validation_sources()}
 
-    def validation_sources(self) -> dict[str, str | list[str]]:
+    def validation_sources(self) -> dict[str, Files]:
         """The files of each source of validation data: `validation`, or `validation/<source>` where a list has several.
 
-        A source is called as its file, without the directory and the endings.
+        A source has the name that its entry says, or is called as its file, without the directory and the endings.
         """
-        files = self.validation_file_name or []
-        if isinstance(files, str) or len(files) == 1:
-            return {"validation": files}
-        sources: dict[str, str | list[str]] = {}
-        for entry in files:
-            stem = re.sub(r"(\.(jsonl|json|gz|zst|parquet|csv))+$", "", entry.rstrip("/").rpartition("/")[2])
-            names = (f"validation/{stem}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
-            sources[next(name for name in names if name not in sources)] = entry
-        return sources
+        if self.validation_file_name is None:
+            return {}
+        entries = read_entries(self.validation_file_name, "validation.data_args.file_name")
+        if len(entries) == 1:
+            return {"validation": entries[0].paths}
+        return {f"validation/{entry.name}": entry.paths for entry in entries}
 
     def preprocess_options(self) -> dict[str, Any]:
         """The keyword arguments of `sft_fast.preprocess` and `ensure_dataset` that decide what the samples are."""
@@ -500,6 +502,18 @@ class SFTConfig:
         values = dataclasses.asdict(self)
         del values["notes"]
         return values
+
+
+def _check_validation_files(files: Files, location: str) -> None:
+    """Validation uses each sample once, so that losses can be compared."""
+    for entry in read_entries(files, location):
+        if entry.weight != 1 or entry.max_samples is not None:
+            raise ConfigError(
+                f'expected only path and name, found a weight or max_samples of "{entry.name}"',
+                code="unknown_key",
+                location=location,
+                hint="validation uses each sample once; weights and caps are for sft_train.data_args.file_name",
+            )
 
 
 def _names(value: str | list[str] | None) -> list[str] | None:

@@ -159,6 +159,8 @@ def _checked(value: Any, annotation: Any, key: str) -> Any:
 def _match(value: Any, member: Any) -> tuple[bool, Any]:
     """Whether a value is of one plain type, and how a field of that type holds it."""
     origin, arguments = typing.get_origin(member), typing.get_args(member)
+    if origin in (Union, types.UnionType):  # of the items of a list
+        return next((match for match in (_match(value, one) for one in arguments) if match[0]), (False, value))
     if origin is Annotated:
         return _match(value, arguments[0])
     if origin is Literal:
@@ -201,7 +203,7 @@ def _describe(member: Any, with_bounds: bool) -> str:
     if origin is Literal:
         return " or ".join(f'"{choice}"' for choice in arguments)
     if origin is list:
-        return "a list of texts" if arguments[0] is str else "a list of whole numbers"
+        return {str: "a list of texts", int: "a list of whole numbers"}.get(arguments[0], "a list of them")
     words_of_type = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     words_of_type[type(None)] = "null"
     return words_of_type.get(member, "a group of keys")

@@ -63,6 +63,7 @@ class TrainState:
     strategy_name: str = "deepspeed_train"
     val_loss: float | None = None  # of the validation after this very step, where there was one
     num_skipped_steps: int = 0  # steps so far whose loss or gradient was not finite
+    mix: list[list[int | None]] = dataclasses.field(default_factory=list)  # of the sources, where an epoch is not all
     num_evals_without_gain: int = 0  # validations since one that was better by more than the threshold
 
     # Which samples each step has, and what the saved weights are, is decided by these: a run may not change them on the
@@ -72,6 +73,7 @@ class TrainState:
         "seed": "seed",
         "data_seed": "sft_train.training_args.data_seed",
         "sequence_length": "sequence_length",
+        "mix": "sft_train.data_args.file_name, number of files, weight in millionths and max_samples of each source",
         "is_packed": "sft_train.use_sequence_packing",
         "num_rows_per_step": "per_device_train_batch_size x gradient_accumulation_steps x data-parallel ranks",
         "dtype": "sft_train.model_args.dtype",

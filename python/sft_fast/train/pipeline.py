@@ -19,10 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from sft_fast import Dataset, Report, ensure_dataset
+from sft_fast import Dataset, Report, Source, ensure_dataset
 from sft_fast.config import resolved_yaml
-from sft_fast.console import PreprocessProgress, count, report_table, seconds, stdout_console
+from sft_fast.console import PreprocessProgress, count, print_report, seconds, stdout_console
 from sft_fast.errors import ConfigError, SftFastError
+from sft_fast.mixing import shares
 from sft_fast.train.checkpoint import (
     CLUSTER_NAME,
     Checkpoint,
@@ -53,6 +54,7 @@ class _Data:
 
     num_steps: int  # of the whole run
     train_path: str
+    train_sources: tuple[Source, ...]  # how much of each an epoch uses
     val_paths: dict[str, str]  # by source; empty where there is no validation
 
 
@@ -85,16 +87,17 @@ class SFTPipeline:
         """
         config = self._config
         reports = self._ensure_datasets()
-        stream = train_stream(config, Dataset(reports["train"].path))
+        report = reports["train"]
+        stream = train_stream(config, Dataset(report.path, report.sources))
         val_paths = {source: reports[source].path for source in config.validation_sources()}
         for path in val_paths.values():
             validation_stream(config, Dataset(path))  # whatever is wrong with it shows before training
-        data = _Data(stream.num_steps, reports["train"].path, val_paths)
+        data = _Data(stream.num_steps, report.path, report.sources, val_paths)
         arithmetic = BatchArithmetic.of(config, stream)
-        stdout_console().print(report_table(reports["train"], "train data", arithmetic.rows()))
+        print_report(stdout_console(), report, "train data", arithmetic.rows())
 
         clean_up(config.output_dir)
-        state = self._initial_state(reports["train"])
+        state = self._initial_state(report)
         resumed = checkpoint_to_resume(config)
         if resumed is not None:
             check_agreement(resumed, state)
@@ -157,7 +160,9 @@ class SFTPipeline:
             cluster: Ranks = Cluster(config) if self._use_ray else LocalCluster(config)
             start = time.perf_counter()
             try:
-                cluster.initialize(config, data.train_path, data.val_paths, checkpoint, is_universal)
+                cluster.initialize(
+                    config, data.train_path, data.val_paths, checkpoint, is_universal, data.train_sources
+                )
             except BaseException:
                 cluster.shutdown()
                 raise
@@ -208,7 +213,7 @@ class SFTPipeline:
                     files, config.data_cache_dir, progress=progress, **config.preprocess_options()
                 )
             if name != "train":  # which is shown with the plan of the run
-                stdout_console().print(report_table(reports[name], f"{name} data"))
+                print_report(stdout_console(), reports[name], f"{name} data")
         return reports
 
     def _initial_state(self, report: Report) -> TrainState:
@@ -223,6 +228,7 @@ class SFTPipeline:
             sequence_length=config.sequence_length,
             is_packed=config.sft_train.use_sequence_packing,
             num_rows_per_step=config.num_rows_per_step,
+            mix=[list(share) for share in shares(report.sources) or ()],
             model_args=config.to_dict()["sft_train"]["model_args"],
             step=0,
             run_id=uuid.uuid4().hex,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sft_fast.console import count
-from sft_fast.data import Dataset
+from sft_fast.data import Dataset, Report
 from sft_fast.stream import StepStream
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def validation_stream(config: SFTConfig, dataset: Dataset) -> StepStream:
     )
 
 
-def plans_of(config: SFTConfig, paths: Mapping[str, str]) -> dict[str, dict[str, int | float]]:
+def plans_of(config: SFTConfig, reports: Mapping[str, Report]) -> dict[str, dict[str, int | float]]:
     """What the data sets of a run make, by name: packs, where it packs, and of `train` the steps."""
     plans: dict[str, dict[str, int | float]] = {}
-    for name, path in paths.items():
-        dataset, plan = Dataset(path), plans.setdefault(name, {})
+    for name, report in reports.items():
+        dataset, plan = Dataset(report.path, report.sources), plans.setdefault(name, {})
         if config.sft_train.use_sequence_packing:
             packing = dataset.pack(sequence_length=config.sequence_length)
             plan |= {"num_packs": len(packing), "fill_ratio": packing.fill_ratio}
@@ -68,6 +68,7 @@ class BatchArithmetic:
     sequence_length: int
     is_packed: bool
     num_samples: int
+    num_samples_per_epoch: int  # each counted as often as it is used
     num_rows: int  # of the first epoch
     fill_ratio: float
     # By the cost model, how much longer than the mean rank the slowest takes: rows dealt in order, and as planned.
@@ -90,6 +91,7 @@ class BatchArithmetic:
             sequence_length=config.sequence_length,
             is_packed=config.sft_train.use_sequence_packing,
             num_samples=len(stream.dataset),
+            num_samples_per_epoch=sum(source.num_samples_per_epoch for source in stream.dataset.sources),
             num_rows=len(packing),
             fill_ratio=packing.fill_ratio,
             imbalance_in_order=imbalance_in_order,
@@ -105,9 +107,15 @@ class BatchArithmetic:
         ranks = count(self.world_size)
         if self.data_parallel_size != self.world_size:
             ranks += f", {count(self.data_parallel_size)} groups that read different data"
+        is_mixed = self.num_samples_per_epoch != self.num_samples
+        mixed = f" an epoch of {count(self.num_samples)}, by the weights of their sources," if is_mixed else ""
         rows = [
             ("ranks", ranks),
-            ("samples", f"{count(self.num_samples)} in {count(self.num_rows)} {row}s, {self.fill_ratio:.1%} full"),
+            (
+                "samples",
+                f"{count(self.num_samples_per_epoch)}{mixed} in {count(self.num_rows)} {row}s, "
+                f"{self.fill_ratio:.1%} full",
+            ),
             (
                 "global batch",
                 f"{count(self.rows_per_micro_batch)} {row}s a micro-batch x {count(self.num_micro_batches)} "

@@ -7,7 +7,7 @@ called with the same method in the same order.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ from sft_fast.train.strategy import RankInfo, TrainStrategy, create_strategy
 from sft_fast.train.timing import ProfileWindow, peak_memory_bytes
 
 if TYPE_CHECKING:
+    from sft_fast import Source
     from sft_fast.config import SFTConfig
 
 # Micro-batches that wait, ready, for the device. A few hundred kilobytes each.
@@ -93,6 +94,7 @@ class SFTWorker:
         val_paths: dict[str, str] | None = None,
         checkpoint: str | None = None,
         is_universal: bool = False,
+        train_sources: Sequence[Source] | None = None,
     ) -> None:
         """Opens the data sets, loads the model, and goes back to a checkpoint where there is one.
 
@@ -103,6 +105,7 @@ class SFTWorker:
             val_paths: directories of the validation data sets by the names of their sources, if there are any.
             checkpoint: directory of a complete checkpoint.
             is_universal: whether it was converted for another number of ranks.
+            train_sources: how much of each source of the training data an epoch uses; by default each sample, once.
 
         Raises:
             ConfigError: the model, the strategy or their settings cannot be used.
@@ -110,7 +113,7 @@ class SFTWorker:
         """
         self.close()
         self._config, self._rank = config, rank
-        self._stream = train_stream(config, Dataset(train_path))
+        self._stream = train_stream(config, Dataset(train_path, train_sources))
         self._val_streams = {name: validation_stream(config, Dataset(path)) for name, path in (val_paths or {}).items()}
         arguments = config.sft_train.training_args
         self._learning_rate = learning_rate_schedule(arguments, self._stream.num_steps)

@@ -9,8 +9,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hash::sha256_of_file;
 use crate::listing::Listing;
 use crate::manifest::{
-    DATASET_FORMAT, FORMAT_VERSION, Manifest, Occupant, REJECTED_NAME, Recipe, SEGMENTS_NAME, Segment, SourceInfo,
-    quantiles, shard_name,
+    DATASET_FORMAT, FORMAT_VERSION, Manifest, Occupant, REJECTED_NAME, Recipe, SEGMENTS_NAME, Segment, Source,
+    SourceInfo, quantiles, shard_name,
 };
 use crate::shard::write::{ShardIndex, ShardWriter};
 use crate::shard::{ShardInfo, TokenType};
@@ -72,7 +72,16 @@ impl Assembler {
             return Err(Error::new(ErrorKind::Dataset, message).with_path(target));
         }
         let token_type = TokenType::for_vocab(vocab_size);
-        let info = |path| SourceInfo { path, num_bytes: 0, blake3: String::new(), num_records: 0 };
+        let info = |path| SourceInfo {
+            path,
+            num_bytes: 0,
+            blake3: String::new(),
+            num_records: 0,
+            num_samples: 0,
+            num_rejected: 0,
+            num_tokens: 0,
+            num_label_tokens: 0,
+        };
         let directory = staging.create()?.to_path_buf();
         Ok(Self {
             shard: new_shard(&directory, 0, token_type)?,
@@ -117,6 +126,9 @@ impl Assembler {
             return refuse(format!("expected one of {} files, found file {file}", self.files.len()));
         };
         info.num_records += 1;
+        info.num_samples += 1;
+        info.num_tokens += ids.len() as u64;
+        info.num_label_tokens += num_label_tokens;
         info.num_bytes += 4 * ids.len() as u64;
         hasher.update(&(ids.len() as u64).to_le_bytes());
         hasher.update(bytemuck::cast_slice(ids));
@@ -186,6 +198,7 @@ impl Assembler {
             vocab_size,
             pad_token_id,
             token_type: self.token_type,
+            sources: files.iter().map(|file| Source { name: file.path.clone(), num_files: 1 }).collect(),
             files,
             num_records: num_samples,
             num_samples,

@@ -98,6 +98,11 @@ impl Dataset {
         Sample { token_ids: shard.token_ids(index), shard, index }
     }
 
+    /// The number of the file that each sample comes from.
+    pub fn file_numbers(&self) -> impl Iterator<Item = u32> + '_ {
+        self.shards.iter().flat_map(|shard| (0..shard.num_samples()).map(|index| shard.record(index).0))
+    }
+
     /// Path of the input file and line (from 1) that sample `number` comes from.
     ///
     /// # Errors
@@ -189,14 +194,21 @@ impl Dataset {
     /// [`ErrorKind::Dataset`], naming the file and the law.
     pub fn verify(&self, mut on_bytes: impl FnMut(u64) -> Result<()>) -> Result<()> {
         let mut num_label_tokens = 0;
+        let mut files = vec![(0, 0, 0); self.manifest.files.len()];
         for (number, info) in self.manifest.shards.iter().enumerate() {
             let path = self.directory.join(&info.name);
             let damaged =
                 |what: String| Error::new(ErrorKind::Dataset, format!("damaged shard: {what}")).with_path(&path);
             self.verify_shard(number)?;
             for number in self.starts[number]..self.starts[number + 1] {
-                num_label_tokens += self.check_sample(number).map_err(damaged)?;
+                let num_label_tokens_of_sample = self.check_sample(number).map_err(damaged)?;
+                num_label_tokens += num_label_tokens_of_sample;
                 self.source(number)?;
+                let sample = self.sample(number);
+                let file = &mut files[sample.record().0 as usize];
+                file.0 += 1;
+                file.1 += sample.token_ids.len() as u64;
+                file.2 += num_label_tokens_of_sample;
             }
             on_bytes(info.num_bytes)?;
         }
@@ -207,6 +219,12 @@ impl Dataset {
         };
         self.segments()?;
         equal("label tokens", MANIFEST_NAME, self.manifest.num_label_tokens, num_label_tokens)?;
+        for (file, (num_samples, num_tokens, num_label_tokens)) in self.manifest.files.iter().zip(files) {
+            let of_file = |what: &str| format!("{what} of {}", file.path);
+            equal(&of_file("samples"), MANIFEST_NAME, file.num_samples, num_samples)?;
+            equal(&of_file("tokens"), MANIFEST_NAME, file.num_tokens, num_tokens)?;
+            equal(&of_file("label tokens"), MANIFEST_NAME, file.num_label_tokens, num_label_tokens)?;
+        }
         self.check_manifest().map_err(|what| {
             Error::new(ErrorKind::Dataset, format!("damaged manifest: {what}"))
                 .with_path(&self.directory.join(MANIFEST_NAME))

@@ -14,6 +14,7 @@ pub mod hash;
 pub mod json;
 pub mod listing;
 pub mod manifest;
+pub mod mix;
 pub mod model;
 pub mod pack;
 pub mod plan;

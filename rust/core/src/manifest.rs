@@ -35,6 +35,25 @@ pub struct SourceInfo {
     pub blake3: String,
     /// Records found.
     pub num_records: u64,
+    /// Samples that came of them.
+    pub num_samples: u64,
+    /// Records left out.
+    pub num_rejected: u64,
+    /// Tokens of the samples.
+    pub num_tokens: u64,
+    /// Tokens with a loss.
+    pub num_label_tokens: u64,
+}
+
+/// Files that go by one name, for weights, caps and losses of their own: successive ones of the manifest's list. What it is
+/// called and how files are put together is as it was given, and decides nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// Its name.
+    pub name: String,
+    /// Files of it.
+    pub num_files: u64,
 }
 
 /// A line of the list of segments: successive records of one file that are next to each other.
@@ -124,6 +143,8 @@ pub struct Manifest {
     pub token_type: TokenType,
     /// The input files.
     pub files: Vec<SourceInfo>,
+    /// The sources that the files belong to, in order.
+    pub sources: Vec<Source>,
     /// Records in the files.
     pub num_records: u64,
     /// Samples in the shards.
@@ -192,6 +213,18 @@ impl Manifest {
         let kept_and_rejected = kept_and_rejected.and_then(|sum| sum.checked_sub(self.num_split_samples));
         equal("samples but the split ones, and rejected records,", self.num_records, kept_and_rejected)?;
         equal("records of the files", self.num_records, sum(self.files.iter().map(|file| file.num_records)))?;
+        equal("samples of the files", self.num_samples, sum(self.files.iter().map(|file| file.num_samples)))?;
+        equal("rejects of the files", self.num_rejected, sum(self.files.iter().map(|file| file.num_rejected)))?;
+        equal("tokens of the files", self.num_tokens, sum(self.files.iter().map(|file| file.num_tokens)))?;
+        let label_tokens = sum(self.files.iter().map(|file| file.num_label_tokens));
+        equal("label tokens of the files", self.num_label_tokens, label_tokens)?;
+        let num_files = sum(self.sources.iter().map(|source| source.num_files));
+        equal("files of the sources", self.files.len() as u64, num_files)?;
+        let mut names: Vec<_> = self.sources.iter().map(|source| &source.name).collect();
+        names.sort();
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("expected sources of different names, found two called {:?}", pair[0]));
+        }
         equal("rejects by reason", self.num_rejected, sum(self.rejected_by_reason.values().copied()))?;
         equal("samples of the shards", self.num_samples, sum(self.shards.iter().map(|shard| shard.num_samples)))?;
         equal("tokens of the shards", self.num_tokens, sum(self.shards.iter().map(|shard| shard.num_tokens)))?;

@@ -44,6 +44,18 @@ pub enum PackError {
     },
 }
 
+impl PackError {
+    /// The same error of other sample numbers: `samples[i]` for i.
+    pub fn renumbered(self, samples: &[u32]) -> Self {
+        let number = |sample: usize| samples[sample] as usize;
+        match self {
+            Self::Empty { sample } => Self::Empty { sample: number(sample) },
+            Self::TooLong { sample, length, capacity } => Self::TooLong { sample: number(sample), length, capacity },
+            Self::TooMany { .. } => self,
+        }
+    }
+}
+
 impl fmt::Display for PackError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -91,6 +103,15 @@ impl Packing {
     /// The packs in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &[u32]> {
         self.offsets.windows(2).map(|range| &self.samples[range[0] as usize..range[1] as usize])
+    }
+
+    /// The same packs of other sample numbers: `samples[i]` for i.
+    ///
+    /// # Panics
+    /// If there is no number for a sample.
+    pub fn renumbered(mut self, samples: &[u32]) -> Packing {
+        self.samples.iter_mut().for_each(|sample| *sample = samples[*sample as usize]);
+        self
     }
 
     /// Tokens of all samples.

@@ -6,6 +6,7 @@ pub(crate) enum Purpose {
     Samples = 1,
     Packs = 2,
     Steps = 3,
+    Mix = 4,
 }
 
 /// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), keyed by

@@ -1,5 +1,6 @@
 //! `Dataset`: a dataset opened for reading.
 
+use std::iter::repeat_n;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,7 +9,8 @@ use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use sft_fast_core::dataset::Dataset as CoreDataset;
-use sft_fast_core::pack;
+use sft_fast_core::mix::{Share, epoch_samples};
+use sft_fast_core::pack::{self, PackError, Packing as CorePacking};
 use sft_fast_core::survey::survey;
 
 use crate::error::{detached, to_python};
@@ -117,12 +119,72 @@ impl Dataset {
         })
     }
 
-    /// Rows of samples: packs if `packed`, else one sample a row.
-    fn pack(&self, py: Python<'_>, sequence_length: u32, seed: u64, epoch: u64, packed: bool) -> PyResult<Packing> {
-        let make = if packed { pack::pack } else { pack::rows };
-        let packing = py
-            .detach(|| make(self.inner.lengths(), sequence_length, seed, epoch))
-            .map_err(|error| pack_error(py, &error))?;
+    /// Number of the file in the manifest that each sample comes from, uint32 [num_samples].
+    fn files<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u32>> {
+        PyArray1::from_vec(py, py.detach(|| self.inner.file_numbers().collect()))
+    }
+
+    /// Rows of samples: packs if `packed`, else one sample a row. `shares` has for each source, which are successive files,
+    /// (number of files, weight in millionths, most samples); without them each sample comes once.
+    #[pyo3(signature = (sequence_length, seed, epoch, packed, shares=None))]
+    fn pack(
+        &self,
+        py: Python<'_>,
+        sequence_length: u32,
+        seed: u64,
+        epoch: u64,
+        packed: bool,
+        shares: Option<Vec<(usize, u64, Option<u64>)>>,
+    ) -> PyResult<Packing> {
+        let num_files = shares.iter().flatten().map(|share| share.0).sum();
+        if shares.is_some()
+            && let Some(stray) = py.detach(|| self.inner.file_numbers().position(|file| file as usize >= num_files))
+        {
+            self.inner.source(stray).map_err(|error| to_python(py, &error))?;
+            return Err(PyIndexError::new_err(format!("sample {stray} is of none of {num_files} files")));
+        }
+        let packing = py.detach(|| match &shares {
+            None => make(packed, self.inner.lengths(), sequence_length, seed, epoch),
+            Some(shares) => self.pack_mix(shares, sequence_length, seed, epoch, packed),
+        });
+        let packing = packing.map_err(|error| pack_error(py, &error))?;
         Ok(Packing::new(self.inner.clone(), Arc::new(packing), sequence_length, seed, epoch, packed))
     }
+}
+
+impl Dataset {
+    fn pack_mix(
+        &self,
+        shares: &[(usize, u64, Option<u64>)],
+        sequence_length: u32,
+        seed: u64,
+        epoch: u64,
+        packed: bool,
+    ) -> Result<CorePacking, PackError> {
+        let source_of_file: Vec<u32> =
+            (0..).zip(shares).flat_map(|(number, &(num_files, ..))| repeat_n(number, num_files)).collect();
+        let shares: Vec<Share> = shares
+            .iter()
+            .map(|&(_, weight_millionths, max_samples)| Share { weight_millionths, max_samples })
+            .collect();
+        let sources = self.inner.file_numbers().map(|file| source_of_file[file as usize]);
+        let samples = epoch_samples(sources, &shares, seed, epoch)?;
+        let all_lengths = self.inner.lengths();
+        let lengths: Vec<u32> = samples.iter().map(|&sample| all_lengths[sample as usize]).collect();
+        make(packed, &lengths, sequence_length, seed, epoch)
+            .map(|packing| packing.renumbered(&samples))
+            .map_err(|error| error.renumbered(&samples))
+    }
+}
+
+fn make(packed: bool, lengths: &[u32], capacity: u32, seed: u64, epoch: u64) -> Result<CorePacking, PackError> {
+    if packed { pack::pack(lengths, capacity, seed, epoch) } else { pack::rows(lengths, capacity, seed, epoch) }
+}
+
+/// (samples that are used at all, samples of an epoch, whether all epochs take the same) of a source.
+#[pyfunction]
+#[pyo3(signature = (num_samples, weight_millionths, max_samples=None))]
+pub fn samples_taken(num_samples: u64, weight_millionths: u64, max_samples: Option<u64>) -> (u64, u64, bool) {
+    let taken = Share { weight_millionths, max_samples }.of(num_samples);
+    (taken.num_kept, taken.num_samples, taken.is_steady())
 }

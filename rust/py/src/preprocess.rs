@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use sft_fast_core::conversation::{FieldMapping, Shape};
+use sft_fast_core::manifest::Source;
 use sft_fast_core::model::Model;
 use sft_fast_core::preprocess::{self as core, MAX_SHARD_TOKENS, OnError, Options, Place};
 use sft_fast_core::sample::TooLong;
@@ -33,7 +34,7 @@ pub struct Progress {
 #[pyfunction]
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
     query_key, response_key, history_key, text_key, record_shape, template_date, num_threads, on_error,
-    too_long, policies, overwrite, progress, file_names=None, chunk_bytes=None, max_shard_tokens=None))]
+    too_long, policies, overwrite, progress, file_names=None, sources=None, chunk_bytes=None, max_shard_tokens=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub fn preprocess(
     py: Python<'_>,
@@ -58,12 +59,15 @@ pub fn preprocess(
     overwrite: bool,
     progress: Option<Py<PyAny>>,
     file_names: Option<Vec<PathBuf>>,
+    sources: Option<Vec<(String, u64)>>,
     chunk_bytes: Option<usize>,
     max_shard_tokens: Option<u32>,
 ) -> PyResult<(PathBuf, String, bool, u64, f64, Option<String>)> {
     let options = Options {
         files,
         file_names,
+        sources: sources
+            .map(|sources| sources.into_iter().map(|(name, num_files)| Source { name, num_files }).collect()),
         place: match in_cache {
             true => Place::Cache(output_dir),
             false => Place::Directory { path: output_dir, overwrite },

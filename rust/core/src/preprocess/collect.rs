@@ -170,6 +170,10 @@ impl<'a> Collector<'a> {
             let num_labels =
                 sample_runs.iter().map(|run| u64::from(run.end - run.start.max(1).min(run.end))).sum::<u64>();
             self.counts.num_label_tokens += num_labels;
+            let file = &mut self.counts.files[batch.file as usize];
+            file.num_samples += 1;
+            file.num_tokens += u64::from(sample.num_tokens);
+            file.num_label_tokens += num_labels;
         }
         self.store(ids, schedule);
         for segment in &batch.segments {
@@ -209,6 +213,7 @@ impl<'a> Collector<'a> {
     fn reject(&mut self, error: &Error) -> Result<()> {
         let code = error.kind().code();
         self.counts.num_rejected += 1;
+        self.counts.files[self.file as usize].num_rejected += 1;
         *self.counts.rejected_by_reason.entry(code.into()).or_default() += 1;
         self.rejected.push(&serde_json::json!({
             "path": error.path().map(|path| path.display().to_string()),

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use crate::conversation::{FieldMapping, Shape, ShapeCounts};
 use crate::dataset::Dataset;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{DATASET_FORMAT, FORMAT_VERSION, Manifest, Occupant, Recipe, SourceInfo};
+use crate::manifest::{DATASET_FORMAT, FORMAT_VERSION, Manifest, Occupant, Recipe, Source as SourceName, SourceInfo};
 use crate::model::Model;
 use crate::sample::TooLong;
 use crate::sampler::Policies;
@@ -60,6 +60,8 @@ pub struct Options {
     pub files: Vec<PathBuf>,
     /// What the files are called in the manifest and in errors; `None`: their paths.
     pub file_names: Option<Vec<PathBuf>>,
+    /// The sources that the files belong to, in order; `None`: each is one, called by its path.
+    pub sources: Option<Vec<SourceName>>,
     /// Where the dataset goes.
     pub place: Place,
     /// Which fields hold what.
@@ -135,6 +137,11 @@ pub fn preprocess(
     if options.files.is_empty() {
         return Err(Error::new(ErrorKind::Argument, "expected at least one input file, found none"));
     }
+    let num_source_files = options.sources.iter().flatten().map(|source| source.num_files).sum::<u64>();
+    if options.sources.is_some() && num_source_files != options.files.len() as u64 {
+        let message = format!("expected sources of {} files, found {num_source_files}", options.files.len());
+        return Err(Error::new(ErrorKind::Argument, message));
+    }
     if options.sequence_length < 2 {
         let message = format!("expected a sequence_length of at least 2, found {}", options.sequence_length);
         return Err(Error::new(ErrorKind::Argument, message));
@@ -166,8 +173,13 @@ pub fn preprocess(
     }
 
     let directory = staging.create()?;
-    let collector = Collector::new(directory, files, options, TokenType::for_vocab(model.tokenizer.vocab_size()))?;
+    let collector =
+        Collector::new(directory, files.clone(), options, TokenType::for_vocab(model.tokenizer.vocab_size()))?;
     let reuse = Reuse::find(&options.place, &recipe);
+    let sources = options
+        .sources
+        .clone()
+        .unwrap_or_else(|| files.iter().map(|file| SourceName { name: file.path.clone(), num_files: 1 }).collect());
     let counts = encode(options, num_threads, model, &source, &reuse, collector, on_progress)?;
     let manifest = Manifest {
         format: DATASET_FORMAT.into(),
@@ -194,6 +206,7 @@ pub fn preprocess(
         num_tokens: counts.num_tokens,
         num_label_tokens: counts.num_label_tokens,
         files: counts.files,
+        sources,
         shards: counts.shards,
         segments: counts.segments,
     };
@@ -280,7 +293,16 @@ fn open(options: &Options, num_threads: usize, on_progress: &mut dyn FnMut(&Prog
 fn file_info(source: &Source, number: u32) -> SourceInfo {
     let (path, num_bytes) = source.file(number);
     let blake3 = source.survey(number).blake3.clone();
-    SourceInfo { path: path.display().to_string(), num_bytes, blake3, num_records: 0 }
+    SourceInfo {
+        path: path.display().to_string(),
+        num_bytes,
+        blake3,
+        num_records: 0,
+        num_samples: 0,
+        num_rejected: 0,
+        num_tokens: 0,
+        num_label_tokens: 0,
+    }
 }
 
 fn recipe(options: &Options, model: &Model) -> Recipe {
@@ -440,6 +462,7 @@ mod tests {
         let options = Options {
             files: vec![path],
             file_names: None,
+            sources: None,
             place: Place::Directory { path: directory.join("out"), overwrite: false },
             mapping: FieldMapping::default(),
             record_shape: None,
