@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_json_report_is_the_report(run_cli: Run, tokenizer_dir: Path, write_json
     assert (printed.pop("num_packs"), printed.pop("fill_ratio")) == (len(packing), packing.fill_ratio)
     differs = {"path", "seconds"}
     assert {name: value for name, value in printed.items() if name not in differs} == {
-        name: value for name, value in vars(report).items() if name not in differs
+        name: value for name, value in json.loads(json.dumps(asdict(report))).items() if name not in differs
     }
 
 

@@ -16,7 +16,7 @@ from sft_fast import errors
 from tests.conftest import make_tokenizer_dir
 
 # What a user of the library imports; `sft_fast` itself brings the names of the first five.
-MODULES = ["chat_template", "data", "errors", "records", "arrow", "stream", "views"]
+MODULES = ["chat_template", "data", "errors", "mixing", "records", "arrow", "stream", "views"]
 RECORDS = [
     {"instruction": "What is the capital of France?", "output": "The capital of France is Paris."},
     {"instruction": "Add two and three.", "output": "Two and three are five."},

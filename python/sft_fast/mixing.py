@@ -30,6 +30,11 @@ class Source:
     """Files that go by one name, and how much of them an epoch uses.
 
     Weight and cap belong to the plan of an epoch and never to the tokens: changing them encodes nothing anew.
+
+    Examples:
+        >>> [source] = sft_fast.Dataset("out", [sft_fast.Source(name="all", weight=2.5)]).sources
+        >>> source.num_samples, source.num_samples_per_epoch
+        (3, 8)
     """
 
     name: str
@@ -92,6 +97,7 @@ def read_entries(files: Files, location: str = "file_name") -> list[Entry]:
         ConfigError: There is no entry, one has a key or value that can't be, or two have the same name.
 
     Examples:
+        >>> from sft_fast.mixing import read_entries
         >>> [first, second] = read_entries(["web.jsonl", {"path": "data/math-*.jsonl.gz", "weight": 2}])
         >>> first.name, second.name, second.weight
         ('web', 'math', 2.0)

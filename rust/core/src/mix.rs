@@ -156,7 +156,9 @@ mod tests {
         fn caps_keep_the_same_samples(num_samples in 1_usize..100, max in 1_u64..100, seed: u64, epoch: u64) {
             let kept = |max, epoch| epoch_samples(std::iter::repeat_n(0, num_samples), &[share(WEIGHT_OF_ONE, Some(max))], seed, epoch).unwrap();
             prop_assert_eq!(kept(max, 0), kept(max, epoch));
-            prop_assert!(kept(max + 1, 0).starts_with(&kept(max, 0)) || kept(max, 0).len() == num_samples || max as usize + 1 >= num_samples);
+            if max as usize + 1 < num_samples {
+                prop_assert!(kept(max + 1, 0).starts_with(&kept(max, 0)));
+            }
         }
 
         /// What is taken of a source depends on no other source.
@@ -175,7 +177,7 @@ mod tests {
     fn the_part_of_a_seed_never_changes() {
         let part =
             |seed, epoch| epoch_samples(std::iter::repeat_n(0, 10), &[share(400_000, None)], seed, epoch).unwrap();
-        assert_eq!([part(42, 0), part(42, 1), part(42, 2)].concat(), [0; 12]);
+        assert_eq!([part(42, 0), part(42, 1), part(42, 2)].concat(), [6, 0, 2, 8, 5, 3, 9, 1, 4, 7, 6, 0]);
         assert_ne!(part(42, 0), part(43, 0));
     }
 
