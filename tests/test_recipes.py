@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     os.chdir(directory)
     yield {"model_dir": str(make_model_dir(directory / "model")), "storage_dir": str(directory / "storage")}
     os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """Gives Ctrl-C back what it did before: Ray Train takes it for a training run even when that has ended."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGABRT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run(title: str, names: dict[str, Any]) -> None:
