@@ -150,6 +150,7 @@ def write_dataset(
         "recipe": {
             "sequence_length": 1 << 20,
             "too_long": "reject",
+            "duplicates": "keep",
             "control_tokens": "plain",
             "train_on": "all_answers",
             "train_on_tool_calls": True,

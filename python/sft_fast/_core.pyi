@@ -70,6 +70,7 @@ def preprocess(
     num_threads: int | None,
     on_error: str,
     too_long: str,
+    duplicates: str,
     policies: Mapping[str, str | bool],
     overwrite: bool,
     progress: Callable[[Progress], object] | None,

@@ -96,6 +96,10 @@ def preprocess(
     too_long: Annotated[
         Literal["reject", "truncate_turns", "truncate"], typer.Option(help="What to do with a sample that is too long.")
     ] = "reject",
+    duplicates: Annotated[
+        Literal["keep", "drop"],
+        typer.Option(help="What to do with a record that makes the same samples as one before."),
+    ] = "keep",
     control_tokens: Annotated[
         Literal["plain", "reject", "allow"],
         typer.Option(help="What becomes of text in a record that spells a control token."),
@@ -163,6 +167,7 @@ def preprocess(
             num_threads=num_threads,
             on_error=on_error,
             too_long=too_long,
+            duplicates=duplicates,
             control_tokens=control_tokens,
             train_on=train_on,
             train_on_tool_calls=train_on_tool_calls,

@@ -102,6 +102,7 @@ def preprocess(
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     too_long: Literal["reject", "truncate_turns", "truncate"] = "reject",
+    duplicates: Literal["keep", "drop"] = "keep",
     control_tokens: Literal["plain", "reject", "allow"] = "plain",
     train_on: Literal["all_answers", "last_answer"] = "all_answers",
     train_on_tool_calls: bool = True,
@@ -138,6 +139,8 @@ def preprocess(
             `rejected.jsonl` and counts them.
         too_long: A sample of more than `sequence_length` tokens: `reject` leaves it out, `truncate_turns` leaves out
             its last turns so that it ends with a whole answer, `truncate` cuts it; all are counted.
+        duplicates: A record whose samples have the same ids and label masks as those of one before it: `drop` leaves
+            it out and counts it.
         control_tokens: Text in a record that spells a control token, such as `<|im_end|>`: `plain` encodes it as
             ordinary text, `reject` leaves the record out and counts it, `allow` does as transformers.
         train_on: `all_answers` of a conversation, or the `last_answer` alone.
@@ -171,7 +174,8 @@ def preprocess(
                        template=template, sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key,
                        query_key=query_key, response_key=response_key, history_key=history_key, text_key=text_key,
                        record_shape=record_shape, template_date=template_date,
-                       num_threads=num_threads, on_error=on_error, too_long=too_long, control_tokens=control_tokens,
+                       num_threads=num_threads, on_error=on_error, too_long=too_long,
+                       duplicates=duplicates, control_tokens=control_tokens,
                        train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
                        dropped_thinking=dropped_thinking, progress=progress)  # fmt: skip
 
@@ -194,6 +198,7 @@ def ensure_dataset(
     num_threads: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     too_long: Literal["reject", "truncate_turns", "truncate"] = "reject",
+    duplicates: Literal["keep", "drop"] = "keep",
     control_tokens: Literal["plain", "reject", "allow"] = "plain",
     train_on: Literal["all_answers", "last_answer"] = "all_answers",
     train_on_tool_calls: bool = True,
@@ -222,7 +227,7 @@ def ensure_dataset(
             sequence_length=sequence_length, system_key=system_key, prompt_key=prompt_key, query_key=query_key,
             response_key=response_key, history_key=history_key, text_key=text_key, record_shape=record_shape,
             template_date=template_date, num_threads=num_threads, on_error=on_error,
-            too_long=too_long, control_tokens=control_tokens,
+            too_long=too_long, duplicates=duplicates, control_tokens=control_tokens,
                        train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
                        dropped_thinking=dropped_thinking, progress=progress,
         )  # fmt: skip

@@ -367,6 +367,10 @@ class SFTConfig:
     """A sample of more than `sequence_length` tokens: `reject` leaves it out, `truncate_turns` leaves out its last
     turns so that it ends with a whole answer, `truncate` cuts its end; all are counted. Ours."""
 
+    duplicates: Literal["keep", "drop"] = "keep"
+    """A record whose samples have the same ids and label masks as those of one before it: `drop` leaves it out and
+    counts it. Ours."""
+
     train_on: Literal["all_answers", "last_answer"] = "all_answers"
     """Which answers of a conversation are trained on. A record can take out more: `weight: 0` or `train: false` in a
     message. Ours."""
@@ -471,6 +475,7 @@ class SFTConfig:
             "num_threads": self.sft_train.data_args.preprocessing_num_workers,
             "on_error": self.on_error,
             "too_long": self.too_long,
+            "duplicates": self.duplicates,
             "control_tokens": self.control_tokens,
             "train_on": self.train_on,
             "train_on_tool_calls": self.train_on_tool_calls,

@@ -163,6 +163,7 @@ impl Assembler {
         let recipe = Recipe {
             sequence_length,
             too_long: "reject".into(),
+            duplicates: "keep".into(),
             control_tokens: "allow".into(),
             train_on: "all_answers".into(),
             train_on_tool_calls: true,

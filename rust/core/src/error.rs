@@ -43,6 +43,8 @@ pub enum ErrorKind {
     NoLabelTokens,
     /// The tokenizer failed on a text.
     EncodeFailed,
+    /// The same samples came from a record before it.
+    Duplicate,
     /// Nothing is left to make a dataset of.
     NoRecords,
     /// A chat template that can't be compiled or rendered faithfully.
@@ -80,7 +82,7 @@ pub enum ErrorClass {
 
 impl ErrorKind {
     /// Why records are left out by a policy, though nothing is wrong with them.
-    pub const LEFT_OUT: [Self; 3] = [Self::ControlText, Self::TooLong, Self::NoLabelTokens];
+    pub const LEFT_OUT: [Self; 4] = [Self::ControlText, Self::TooLong, Self::NoLabelTokens, Self::Duplicate];
 
     /// The stable name of the kind, as written to `rejected.jsonl` and counted in the manifest.
     pub fn code(self) -> &'static str {
@@ -102,6 +104,7 @@ impl ErrorKind {
             Self::ThinkingDropped => "thinking_dropped",
             Self::TooLong => "too_long",
             Self::NoLabelTokens => "no_label_tokens",
+            Self::Duplicate => "duplicate",
             Self::EncodeFailed => "encode_failed",
             Self::NoRecords => "no_records",
             Self::Template => "template",

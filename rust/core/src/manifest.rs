@@ -76,6 +76,8 @@ pub struct Recipe {
     pub sequence_length: u32,
     /// `reject`, `truncate_turns` or `truncate`.
     pub too_long: String,
+    /// What becomes of a record of which the same samples came before: `keep` or `drop`.
+    pub duplicates: String,
     /// What becomes of text that spells a control token: `plain`, `reject` or `allow`.
     pub control_tokens: String,
     /// Which answers are trained on: `all_answers` or `last_answer`.

@@ -62,6 +62,16 @@ impl std::ops::AddAssign for Tally {
     }
 }
 
+impl std::ops::SubAssign for Tally {
+    fn sub_assign(&mut self, other: Self) {
+        self.num_split_samples -= other.num_split_samples;
+        self.num_truncated -= other.num_truncated;
+        self.num_cut_answers -= other.num_cut_answers;
+        self.num_control_text -= other.num_control_text;
+        self.num_skipped_answers -= other.num_skipped_answers;
+    }
+}
+
 /// One thread's buffers on the way from a conversation to tokens.
 pub struct Sampler<'a> {
     encoder: Box<dyn Encode + 'a>,

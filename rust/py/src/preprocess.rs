@@ -9,7 +9,7 @@ use pyo3::types::PyDict;
 use sft_fast_core::conversation::{FieldMapping, Shape};
 use sft_fast_core::manifest::Source;
 use sft_fast_core::model::Model;
-use sft_fast_core::preprocess::{self as core, MAX_SHARD_TOKENS, OnError, Options, Place};
+use sft_fast_core::preprocess::{self as core, Duplicates, MAX_SHARD_TOKENS, OnError, Options, Place};
 use sft_fast_core::sample::TooLong;
 
 use crate::error::detached;
@@ -34,7 +34,7 @@ pub struct Progress {
 #[pyfunction]
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
     query_key, response_key, history_key, text_key, record_shape, template_date, num_threads, on_error,
-    too_long, policies, overwrite, progress, file_names=None, sources=None, chunk_bytes=None, max_shard_tokens=None))]
+    too_long, duplicates, policies, overwrite, progress, file_names=None, sources=None, chunk_bytes=None, max_shard_tokens=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub fn preprocess(
     py: Python<'_>,
@@ -55,6 +55,7 @@ pub fn preprocess(
     num_threads: Option<NonZero<usize>>,
     on_error: &str,
     too_long: &str,
+    duplicates: &str,
     policies: &Bound<'_, PyDict>,
     overwrite: bool,
     progress: Option<Py<PyAny>>,
@@ -85,6 +86,8 @@ pub fn preprocess(
         policies: policies::read(policies)?,
         too_long: TooLong::named(too_long)
             .ok_or_else(|| unknown(py, "too_long", "'reject', 'truncate_turns' or 'truncate'", too_long))?,
+        duplicates: Duplicates::named(duplicates)
+            .ok_or_else(|| unknown(py, "duplicates", "'keep' or 'drop'", duplicates))?,
         on_error: match on_error {
             "raise" => OnError::Raise,
             "skip" => OnError::Skip,

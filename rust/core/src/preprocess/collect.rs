@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
+use super::duplicates::Seen;
 use super::schedule::{Job, Schedule};
 use super::worker::{Batch, Event, SegmentResult};
 use super::{Options, Progress};
@@ -70,6 +71,8 @@ pub struct Collector<'a> {
     /// For each shard that was begun what it holds, once that is known.
     shards: Vec<Option<ShardInfo>>,
     syncer: Syncer,
+    /// Records that came so far, where duplicates are dropped.
+    seen: Seen,
     rejected: Listing,
     segments: Listing,
     /// Samples of segments that can't be told apart, since the last that could.
@@ -92,6 +95,7 @@ impl<'a> Collector<'a> {
             open: BTreeMap::new(),
             shards: Vec::new(),
             syncer: Syncer::start(),
+            seen: Seen::default(),
             rejected: Listing::create(directory, REJECTED_NAME)?,
             segments: Listing::create(directory, SEGMENTS_NAME)?,
             num_unlisted: 0,
@@ -130,17 +134,19 @@ impl<'a> Collector<'a> {
         schedule.num_chunks() == Some(self.next_sequence) && self.shards.iter().all(Option::is_some)
     }
 
-    fn append(&mut self, batch: Batch, schedule: &Schedule) -> Result<()> {
+    fn append(&mut self, mut batch: Batch, schedule: &Schedule) -> Result<()> {
         if batch.file != self.file {
             (self.file, self.num_newlines) = (batch.file, 0);
         }
+        let path = |file: u32| self.counts.files[file as usize].path.clone();
+        self.seen.drop_duplicates(&mut batch, self.num_newlines, path);
         for error in batch.rejects {
             self.reject(&in_file(error, self.num_newlines))?;
         }
         if let Some(error) = batch.fatal {
             return Err(in_file(error, self.num_newlines));
         }
-        let Batch { mut ids, .. } = batch;
+        let mut ids = std::mem::take(&mut batch.ids);
         self.counts.num_tokens += ids.len() as u64;
         let mut runs = &batch.runs[..];
         // Tokens of the batch that have a place, but are not ordered to be stored there yet.

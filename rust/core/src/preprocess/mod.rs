@@ -6,6 +6,7 @@
 //! fastest may run ahead of the slowest, is decided in `schedule`.
 
 mod collect;
+mod duplicates;
 mod reuse;
 mod schedule;
 mod worker;
@@ -25,6 +26,8 @@ use crate::sampler::Policies;
 use crate::shard::TokenType;
 use crate::source::Source;
 use crate::staging::Staging;
+pub use duplicates::Duplicates;
+
 use collect::Collector;
 use reuse::Reuse;
 use schedule::Schedule;
@@ -74,6 +77,8 @@ pub struct Options {
     pub policies: Policies,
     /// What to do with longer ones.
     pub too_long: TooLong,
+    /// What to do with records of which the same samples came before.
+    pub duplicates: Duplicates,
     /// What to do with wrong records.
     pub on_error: OnError,
     /// Threads that encode; `None`: one for each core.
@@ -312,6 +317,7 @@ fn recipe(options: &Options, model: &Model) -> Recipe {
     Recipe {
         sequence_length: options.sequence_length,
         too_long: options.too_long.as_str().into(),
+        duplicates: options.duplicates.as_str().into(),
         control_tokens: policies.control_tokens.as_str().into(),
         train_on: policies.answers.as_str().into(),
         train_on_tool_calls: policies.trains_on_tool_calls,
@@ -469,6 +475,7 @@ mod tests {
             sequence_length: 100,
             policies: Policies::default(),
             too_long: TooLong::Reject,
+            duplicates: Duplicates::Keep,
             on_error: OnError::Raise,
             num_threads: NonZero::new(3),
             chunk_bytes: Some(64),

@@ -4,12 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use super::duplicates::{BatchRecord, Duplicates, hash};
 use super::reuse::Reuse;
 use super::schedule::{Job, Schedule, Task};
 use super::{OnError, Options};
 use crate::conversation::{Record, ShapeCounts};
 use crate::dataset::Sample;
-use crate::error::{Error, ErrorClass, ErrorKind, Result};
+use crate::error::{Error, ErrorClass, ErrorKind, Position, Result};
 use crate::json;
 use crate::model::Model;
 use crate::sampler::{Sampler, Tally};
@@ -36,6 +37,8 @@ pub struct Batch {
     /// Runs of tokens that are trained on, counted from the first token of their sample.
     pub runs: Vec<Range<u32>>,
     pub samples: Vec<BatchSample>,
+    /// The records that became samples, where duplicates are dropped; else empty.
+    pub records: Vec<BatchRecord>,
     pub segments: Vec<SegmentResult>,
     pub rejects: Vec<Error>,
     /// The error that ends the work, if one does.
@@ -162,7 +165,13 @@ impl Worker<'_> {
             let is_listed = match self.reuse.samples(&blake3, records.len()) {
                 Some((shapes, samples)) => {
                     batch.shapes = shapes;
-                    samples.zip(&self.chunk.records[records]).for_each(|(sample, record)| batch.copy(&sample, record));
+                    for (sample, record) in samples.zip(&self.chunk.records[records]) {
+                        let before = batch.marks();
+                        batch.copy(&sample, record);
+                        if self.options.duplicates == Duplicates::Drop {
+                            batch.note(before, self.chunk.position(record, 0), Tally::default(), true);
+                        }
+                    }
                     true
                 }
                 None => {
@@ -192,7 +201,18 @@ impl Worker<'_> {
         let Self { options, model, chunk, sampler, .. } = self;
         for record in &chunk.records[records] {
             batch.num_records += 1;
-            let Err(error) = encode_record(options, model, chunk, record, sampler, batch) else { continue };
+            let before = batch.marks();
+            let error = match encode_record(options, model, chunk, record, sampler, batch) {
+                Ok(tally) => {
+                    batch.tally += tally;
+                    if options.duplicates == Duplicates::Drop {
+                        batch.note(before, chunk.position(record, 0), tally, false);
+                    }
+                    continue;
+                }
+                Err(error) => error,
+            };
+            batch.truncate(before);
             let position = chunk.position(record, error.offset().unwrap_or(0));
             let error = error.with_path(self.source.file(chunk.file).0).with_position(position);
             let is_wrong = !ErrorKind::LEFT_OUT.contains(&error.kind());
@@ -205,7 +225,34 @@ impl Worker<'_> {
     }
 }
 
+/// Where a record begins in a [`Batch`]: in its ids, runs and samples.
+type Marks = (usize, usize, usize);
+
 impl Batch {
+    fn marks(&self) -> Marks {
+        (self.ids.len(), self.runs.len(), self.samples.len())
+    }
+
+    /// Takes away what came behind `marks`.
+    fn truncate(&mut self, marks: Marks) {
+        self.ids.truncate(marks.0);
+        self.runs.truncate(marks.1);
+        self.samples.truncate(marks.2);
+    }
+
+    /// Notes a record whose samples are what came behind `marks`, to find its duplicates.
+    fn note(&mut self, marks: Marks, position: Position, tally: Tally, is_reused: bool) {
+        let samples = &self.samples[marks.2..];
+        self.records.push(BatchRecord {
+            hash: hash(samples, &self.ids[marks.0..], &self.runs[marks.1..]),
+            num_samples: samples.len(),
+            position,
+            tally,
+            is_reused,
+            num_rejects_before: self.rejects.len(),
+        });
+    }
+
     /// Takes the sample of an older dataset for that of `record`.
     fn copy(&mut self, sample: &Sample<'_>, record: &RecordSpan) {
         match sample.token_ids {
@@ -239,7 +286,7 @@ fn encode_record(
     record: &RecordSpan,
     sampler: &mut Sampler<'_>,
     batch: &mut Batch,
-) -> Result<()> {
+) -> Result<Tally> {
     if let Some((kind, message)) = record.flaw {
         return Err(Error::new(kind, message));
     }
@@ -252,28 +299,11 @@ fn encode_record(
         json::parse(text).map_err(|error| Error::new(ErrorKind::InvalidJson, error.message).at_offset(error.offset))?;
     let mut read = Record::read(value, &options.mapping, options.record_shape)?;
     batch.shapes.add(read.shape);
-    let before = (batch.ids.len(), batch.runs.len(), batch.samples.len());
     let Batch { ids, runs, samples, .. } = batch;
     let line = record.position.line;
-    let made = sampler.record_samples(
-        model,
-        &mut read.content,
-        options.sequence_length,
-        options.too_long,
-        |tokens, labels| {
-            ids.extend_from_slice(tokens);
-            runs.extend_from_slice(labels);
-            samples.push(BatchSample { num_tokens: tokens.len() as u32, num_runs: labels.len() as u32, line });
-        },
-    );
-    match made {
-        Ok(tally) => batch.tally += tally,
-        Err(error) => {
-            batch.ids.truncate(before.0);
-            batch.runs.truncate(before.1);
-            batch.samples.truncate(before.2);
-            return Err(error);
-        }
-    }
-    Ok(())
+    sampler.record_samples(model, &mut read.content, options.sequence_length, options.too_long, |tokens, labels| {
+        ids.extend_from_slice(tokens);
+        runs.extend_from_slice(labels);
+        samples.push(BatchSample { num_tokens: tokens.len() as u32, num_runs: labels.len() as u32, line });
+    })
 }
