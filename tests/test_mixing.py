@@ -218,7 +218,7 @@ def test_too_many_samples_are_refused(make: Make) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "at least one file"),
+        ([], "at least one input file"),
         ([3], r"file_name\[0\]"),
         ([{"name": "a"}], r"file_name\[0\]\.path"),
         ([{"path": "a", "wieght": 2}], "wieght"),

@@ -104,7 +104,7 @@ def read_entries(files: Files, location: str = "file_name") -> list[Entry]:
     """
     listed = [files] if isinstance(files, str | PathLike | Mapping) else files
     if not listed:
-        raise ConfigError("expected at least one file, found none", code="missing_key", location=location)
+        raise ConfigError("expected at least one input file, found none", code="missing_key", location=location)
     is_list = listed is files
     entries: list[Entry] = []
     given = {entry["name"] for entry in listed if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)}
