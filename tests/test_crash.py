@@ -131,7 +131,7 @@ def test_ctrl_c_stops_the_work(large_file: Path, tokenizer_dir: Path, tmp_path: 
 
 
 def test_ctrl_c_ends_the_command(large_file: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    """Ctrl-C at random moments of the work ends the command with 130 and one line, and nothing is left."""
+    """Ctrl-C at random moments of the work ends the command with 130 and one last line, and nothing is left."""
     options = ["--output-dir", tmp_path / "here" / "out", "--tokenizer", tokenizer_dir, "--sequence-length", 1024]
     # On one thread the file, taken many times over, takes far longer than the signal.
     arguments = ["preprocess", *[large_file] * 20, *options, "--num-threads", 1]
@@ -146,7 +146,9 @@ def test_ctrl_c_ends_the_command(large_file: Path, tokenizer_dir: Path, tmp_path
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
 
-        assert (process.returncode, errors) == (130, "error: interrupted; nothing half-done is left\n")
+        # The shapes of the records may have been said before.
+        assert process.returncode == 130
+        assert errors.splitlines()[-1] == "error: interrupted; nothing half-done is left"
         assert list(tmp_path.iterdir()) == []
 
 
