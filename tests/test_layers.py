@@ -20,7 +20,7 @@ PYTHON_LAYERS = [
     {"_core", "configs", "options"},
     {"mixing"},
     {"config", "console"},
-    {"arrow", "spool", "tables"},
+    {"arrow", "reference", "spool", "tables"},
     {"inputs"},
     {"data", "cache", "prefetch"},
     {"chat_template", "records", "stream"},

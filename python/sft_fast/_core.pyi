@@ -12,6 +12,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Assembler",
     "ChatTemplate",
+    "Conversations",
     "Dataset",
     "Packing",
     "Progress",
@@ -98,6 +99,26 @@ class ChatTemplate:
     def encode_batch(
         self, records: Sequence[str], policies: Mapping[str, str | bool], num_threads: int | None
     ) -> list[tuple[NDArray[np.uint32], NDArray[np.bool_]]]: ...
+
+@final
+class Conversations:
+    def __new__(
+        cls,
+        files: Sequence[str | PathLike[str]],
+        *,
+        system_key: str | None,
+        prompt_key: str,
+        query_key: str | None,
+        response_key: str,
+        history_key: str | None,
+        text_key: str,
+        record_shape: str,
+        policies: Mapping[str, str | bool],
+        file_names: Sequence[str | PathLike[str]] | None = None,
+        wanted: set[tuple[str, int]] | None = None,
+    ) -> Conversations: ...
+    def __iter__(self) -> Conversations: ...
+    def __next__(self) -> list[tuple[str, int, str]]: ...
 
 @final
 class Assembler:

@@ -113,6 +113,10 @@ def preprocess(
         Literal["skip", "split", "reject", "keep"],
         typer.Option(help="What becomes of an answer whose thinking the template leaves out."),
     ] = "skip",
+    verify_samples: Annotated[
+        Literal["none", "sampled", "all"],
+        typer.Option("--verify", help="Which samples to compare with those of transformers."),
+    ] = "none",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
     as_json: AsJson = False,
     config_path: ConfigPath = ".",
@@ -173,6 +177,7 @@ def preprocess(
             train_on_tool_calls=train_on_tool_calls,
             train_on_thinking=train_on_thinking,
             dropped_thinking=dropped_thinking,
+            verify=verify_samples,
             overwrite=overwrite,
             progress=progress,
         )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sft_fast.cache import CacheContent, CachedDataset, PruneReport
     from sft_fast.data import Report
     from sft_fast.doctor import Check
+    from sft_fast.reference import Comparison
 
 # Seconds between two plain progress lines.
 PLAIN_INTERVAL_SECONDS = 5.0
@@ -246,11 +247,19 @@ def report_table(report: Report, title: str, more: Sequence[tuple[str, str]] = (
             ("tokens", count(report.num_tokens)),
             ("label tokens", f"{count(report.num_label_tokens)} ({share:.1%})"),
             ("longest sample", f"{count(report.max_sample_tokens)} tokens"),
+            *([("as of transformers", compared(report.comparison))] if report.comparison else []),
             *more,
             ("time", "found in the cache" if report.reused else f"{seconds(report.seconds)}, {rate:.1f} MB/s"),
             ("data set", str(report.path)),
         ],
     )
+
+
+def compared(comparison: Comparison) -> str:
+    """What came of `verify`."""
+    left_out = [f"{reason} {count(number)}" for reason, number in sorted(comparison.not_compared.items())]
+    text = f"ids of {count(comparison.num_ids)}, masks of {count(comparison.num_masks)} samples"
+    return f"{text}; not compared: {', '.join(left_out)}" if left_out else text
 
 
 def plan_rows(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal
 
-from sft_fast import _core, lease
+from sft_fast import _core, lease, reference
 from sft_fast._core import Progress
 from sft_fast.errors import ConfigError
 from sft_fast.inputs import Inputs, resolve
@@ -70,6 +70,8 @@ class Report:
     """What came of each entry of `files`, and how much of it an epoch uses: for `Dataset(path, sources=...)`."""
     why_not_fast: str | None
     """Why the `tokenizers` library encoded, not the fast engine, where it did: the tokens are the same."""
+    comparison: reference.Comparison | None
+    """What came of `verify`; `None` where nothing was compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,7 @@ def preprocess(
     train_on_tool_calls: bool = True,
     train_on_thinking: bool = True,
     dropped_thinking: Literal["skip", "split", "reject", "keep"] = "skip",
+    verify: Literal["none", "sampled", "all"] = "none",
     overwrite: bool = False,
     progress: Callable[[Progress], object] | None = None,
 ) -> Report:
@@ -149,6 +152,8 @@ def preprocess(
         dropped_thinking: An answer whose thinking the template leaves out of the text: `skip` does not train on it,
             `split` makes a sample of the conversation up to it, `reject` leaves the record out, `keep` trains on what
             is there.
+        verify: Whether samples are compared with those that transformers makes of the same conversations: `none`, one
+            hundred of them (`sampled`) or `all`; see docs/exactness.md. This is done anew whenever it is asked for.
         overwrite: Whether another dataset in `output_dir` may be replaced.
         progress: Called about ten times a second with the state of the work; an exception stops it.
 
@@ -159,7 +164,7 @@ def preprocess(
         InputError: A record is wrong; the error has its file, line and column.
         TemplateError: The chat template is missing or can't be rendered faithfully.
         TokenizerError: The tokenizer is missing or can't be read.
-        DatasetError: `output_dir` holds something else.
+        DatasetError: `output_dir` holds something else; or a sample is not that of transformers.
         FileError: A file can't be read or written.
         ConfigError: An argument is wrong.
 
@@ -177,7 +182,7 @@ def preprocess(
                        num_threads=num_threads, on_error=on_error, too_long=too_long,
                        duplicates=duplicates, control_tokens=control_tokens,
                        train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
-                       dropped_thinking=dropped_thinking, progress=progress)  # fmt: skip
+                       dropped_thinking=dropped_thinking, verify=verify, progress=progress)  # fmt: skip
 
 
 def ensure_dataset(
@@ -204,6 +209,7 @@ def ensure_dataset(
     train_on_tool_calls: bool = True,
     train_on_thinking: bool = True,
     dropped_thinking: Literal["skip", "split", "reject", "keep"] = "skip",
+    verify: Literal["none", "sampled", "all"] = "none",
     progress: Callable[[Progress], object] | None = None,
 ) -> Report:
     """Find the dataset of these files and settings in `cache_dir`, or make it there.
@@ -229,7 +235,7 @@ def ensure_dataset(
             template_date=template_date, num_threads=num_threads, on_error=on_error,
             too_long=too_long, duplicates=duplicates, control_tokens=control_tokens,
                        train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
-                       dropped_thinking=dropped_thinking, progress=progress,
+                       dropped_thinking=dropped_thinking, verify=verify, progress=progress,
         )  # fmt: skip
         if lease.keep(report.path):
             return report
@@ -247,11 +253,14 @@ def _preprocess(
     train_on_tool_calls: bool,
     train_on_thinking: bool,
     dropped_thinking: str,
+    verify: Literal["none", "sampled", "all"],
     **arguments: Any,
 ) -> Report:
     check_number("sequence_length", sequence_length, 2, 2**32 - 1)
     if num_threads is not None:
         check_number("num_threads", num_threads, 1, 1024)
+    if verify not in ("none", "sampled", "all"):
+        raise ConfigError(f"expected verify to be 'none', 'sampled' or 'all', found {verify!r}", code="unknown_value")
     entries = read_entries(files)
     inputs, num_files = Inputs(), []
     for entry in entries:
@@ -259,15 +268,23 @@ def _preprocess(
         num_files.append(len(found.files))
         inputs.files += found.files
         inputs.skipped += found.skipped
+    policies: dict[str, str | bool] = {
+        "control_tokens": control_tokens, "train_on": train_on, "train_on_tool_calls": train_on_tool_calls,
+        "train_on_thinking": train_on_thinking, "dropped_thinking": dropped_thinking,
+    }  # fmt: skip
+    comparison = None
     with inputs.opened(output_dir) as (paths, names):
         path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = _core.preprocess(
             paths, output_dir, sequence_length=sequence_length, num_threads=num_threads, file_names=names,
             sources=[(entry.name, num) for entry, num in zip(entries, num_files, strict=True)],
-            policies={
-                "control_tokens": control_tokens, "train_on": train_on, "train_on_tool_calls": train_on_tool_calls,
-                "train_on_thinking": train_on_thinking, "dropped_thinking": dropped_thinking,
-            }, **arguments,
+            policies=policies, **arguments,
         )  # fmt: skip
+        if verify != "none":
+            comparison = reference.compare(
+                Dataset(path), paths, verify=verify, tokenizer=arguments["tokenizer"], template=arguments["template"],
+                mapping={key: arguments[key] for key in _MAPPED},
+                policies={**policies, "too_long": arguments["too_long"]}, file_names=names,
+            )  # fmt: skip
     manifest = json.loads(manifest_json)
     return Report(
         path=fspath(path),
@@ -285,10 +302,14 @@ def _preprocess(
         num_reused_samples=num_reused_samples,
         why_not_fast=why_not_fast,
         skipped_files=inputs.skipped,
+        comparison=comparison,
         **{key: manifest[key] for key in _REPORTED},
     )
 
 
+_MAPPED = (
+    "system_key", "prompt_key", "query_key", "response_key", "history_key", "text_key", "record_shape",
+)  # fmt: skip
 _REPORTED = (
     "fingerprint", "num_records", "num_samples", "num_rejected", "rejected_by_reason", "records_by_shape",
     "num_truncated", "num_cut_answers", "num_split_samples", "num_skipped_answers", "num_control_text", "num_tokens",

@@ -386,6 +386,10 @@ class SFTConfig:
     train on it and counts it, `split` makes a sample of the conversation up to it, `reject` leaves the record out,
     `keep` trains on what the template writes. Ours."""
 
+    verify: Literal["none", "sampled", "all"] = "none"
+    """Which samples are compared with those that `transformers` makes of the same conversations: none, a hundred of
+    each data set, or all. A difference ends the run. Ours."""
+
     notes: list[str] = field(default_factory=list, init=False, compare=False)
     """What the reader of the configuration should be told once; filled by `load_config`, not a key."""
 
@@ -481,6 +485,7 @@ class SFTConfig:
             "train_on_tool_calls": self.train_on_tool_calls,
             "train_on_thinking": self.train_on_thinking,
             "dropped_thinking": self.dropped_thinking,
+            "verify": self.verify,
         }
 
     @property

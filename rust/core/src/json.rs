@@ -82,6 +82,35 @@ impl<'a> Value<'a> {
         Value { offset: self.offset, data }
     }
 
+    /// Appends the value as JSON.
+    pub fn write(&self, out: &mut String) {
+        let quote = |text: &str, out: &mut String| out.push_str(&serde_json::Value::from(text).to_string());
+        match &self.data {
+            Data::Null => out.push_str("null"),
+            Data::Bool(flag) => out.push_str(if *flag { "true" } else { "false" }),
+            Data::Number(number) => out.push_str(number),
+            Data::String(text) => quote(text, out),
+            Data::Array(values) => {
+                out.push('[');
+                for (index, value) in values.iter().enumerate() {
+                    out.push_str(if index > 0 { "," } else { "" });
+                    value.write(out);
+                }
+                out.push(']');
+            }
+            Data::Object(members) => {
+                out.push('{');
+                for (index, member) in members.iter().enumerate() {
+                    out.push_str(if index > 0 { "," } else { "" });
+                    quote(&member.key, out);
+                    out.push(':');
+                    member.value.write(out);
+                }
+                out.push('}');
+            }
+        }
+    }
+
     /// The text, if the value is a string.
     pub fn as_str(&self) -> Option<&str> {
         match &self.data {
@@ -445,11 +474,15 @@ mod tests {
     }
 
     proptest! {
-        // Whatever serde_json writes, we read back as the same value.
+        // Whatever serde_json writes, we read back as the same value; and it reads what we write.
         #[test]
         fn reads_what_serde_writes(value in json()) {
             let text = serde_json::to_string_pretty(&value).unwrap();
-            prop_assert_eq!(&value, &to_serde(&parse(&text).unwrap()));
+            let read = parse(&text).unwrap();
+            prop_assert_eq!(&value, &to_serde(&read));
+            let mut written = String::new();
+            read.write(&mut written);
+            prop_assert_eq!(value, serde_json::from_str::<serde_json::Value>(&written).unwrap());
         }
 
         // Random text near JSON is accepted or refused exactly as serde_json does, and never panics.

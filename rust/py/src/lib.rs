@@ -1,6 +1,7 @@
 //! Python module `sft_fast._core`: registers what the other files define, nothing else.
 
 mod assemble;
+mod conversations;
 mod cpu;
 mod dataset;
 mod error;
@@ -17,6 +18,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("DATASET_FORMAT", sft_fast_core::manifest::DATASET_FORMAT)?;
     module.add("FORMAT_VERSION", sft_fast_core::manifest::FORMAT_VERSION)?;
     module.add_class::<assemble::Assembler>()?;
+    module.add_class::<conversations::Conversations>()?;
     module.add_class::<dataset::Dataset>()?;
     module.add_class::<packing::Packing>()?;
     module.add_class::<packing::Steps>()?;
