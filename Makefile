@@ -71,6 +71,10 @@ bench: $(INSTALLED)  ## measure beside what others use, and write docs/benchmark
 gpu-check: $(INSTALLED)  ## check on this machine's GPU what the tests cannot, and measure; status 3 without a GPU
 	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
+.PHONY: parity
+parity: $(INSTALLED)  ## compare NUM_EXAMPLES (10000) random conversations with transformers, over all templates at hand
+	SFT_FAST_NUM_EXAMPLES=$(or $(NUM_EXAMPLES),10000) $(BIN)/pytest tests/test_template_parity.py -k random
+
 .PHONY: fuzz
 fuzz:  ## fuzz the readers and the tokenizer engine, SECONDS_EACH (60) for each of four targets
 	rust/fuzz/run $(or $(SECONDS_EACH),60)

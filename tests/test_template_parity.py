@@ -1,6 +1,7 @@
 """Chat templates against `transformers`: every template of the packages at hand, over a grid of conversations."""
 
 import datetime
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -30,6 +32,12 @@ from tests.template_helpers import (
 def reference(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
     """Transformers, with special tokens that templates print."""
     return PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_dir / "tokenizer.json"), **TOKENS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    """The tokenizer alone: `transformers` adds its special tokens to it."""
+    return Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +99,13 @@ def expected_spans(source: str, conversation: Conversation) -> list[tuple[int, i
     return [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans if end > start]
 
 
-def check(template: sft_fast.ChatTemplate, reference: PreTrainedTokenizerFast, conversation: Conversation) -> str:
-    """Compares text and spans with the reference; returns what came of it."""
+def check(
+    template: sft_fast.ChatTemplate,
+    reference: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+) -> str:
+    """Compares text, spans, ids and mask with the reference; returns what came of it."""
     source = template.source
     try:
         expected = expected_text(reference, source, conversation)
@@ -105,6 +118,7 @@ def check(template: sft_fast.ChatTemplate, reference: PreTrainedTokenizerFast, c
         return "unproved"
     text, spans = rendered
     assert expected == text
+    check_tokens(template, tokenizer, conversation, text, spans)
     if template.verdict["has_generation_markers"]:
         assert expected_spans(source, conversation) == spans
         return "marked"
@@ -120,6 +134,23 @@ def check(template: sft_fast.ChatTemplate, reference: PreTrainedTokenizerFast, c
     return "proved"
 
 
+def check_tokens(
+    template: sft_fast.ChatTemplate,
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    text: str,
+    spans: list[tuple[int, int]],
+) -> None:
+    """Compares ids with those of `tokenizers`, and the mask with the tokens that touch a span."""
+    ids, mask = template.encode(*conversation, control_tokens="allow", dropped_thinking="keep")
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    assert encoding.ids == ids.tolist()
+    content = text.encode()
+    bounds = [(len(content[:start].decode()), len(content[:end].decode())) for start, end in spans]
+    touches = [any(first < end and last > start for start, end in bounds) for first, last in encoding.offsets]
+    assert touches == mask.tolist()
+
+
 def test_the_packages_hold_what_this_file_is_about() -> None:
     """Guard: an empty list of templates would pass every other test."""
     assert len([name for name in TEMPLATES if name.startswith("trl/")]) >= 54
@@ -129,12 +160,12 @@ def test_the_packages_hold_what_this_file_is_about() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_texts_and_spans_are_those_of_transformers(
-    name: str, reference: PreTrainedTokenizerFast, model_dir: Path
+    name: str, reference: PreTrainedTokenizerFast, tokenizer: Tokenizer, model_dir: Path
 ) -> None:
     """The same bytes, or an error where Python has one; spans by the markers, or where the model would answer."""
     template = compile_template(TEMPLATES[name], model_dir)
 
-    outcomes = [check(template, reference, conversation) for conversation in GRID]
+    outcomes = [check(template, reference, tokenizer, conversation) for conversation in GRID]
 
     # Guard: templates render conversations; this one alone is that of a model that grades and does not answer.
     if "math-prm" not in name:
@@ -187,6 +218,8 @@ def test_plain_chatml_equals_the_models_own(reference: PreTrainedTokenizerFast, 
             assert expected_text(reference, models, (read, None)) == text
 
 
+# `make parity` asks for many more.
+NUM_EXAMPLES = int(os.environ.get("SFT_FAST_NUM_EXAMPLES", "150"))
 # How a list prints a character that the reference's Python does not know ("Cn") depends on its version of Unicode.
 KNOWN = st.characters(codec="utf-8", exclude_categories=["Cn"])
 CHARACTERS = st.sampled_from("ab <>|/\n\t\"'\\{}%é中😀\u200b\x1c[]:") | KNOWN
@@ -214,13 +247,17 @@ def conversations(draw: st.DrawFn) -> Conversation:
     return messages, TOOLS if draw(st.integers(0, 4)) == 0 else None
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(sorted(TEMPLATES)), conversation=conversations())
 def test_random_conversations_agree(
-    name: str, conversation: Conversation, reference: PreTrainedTokenizerFast, model_dir: Path
+    name: str,
+    conversation: Conversation,
+    reference: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
+    model_dir: Path,
 ) -> None:
-    """Law 1 for text, on conversations nobody wrote."""
-    check(compile_template(TEMPLATES[name], model_dir), reference, conversation)
+    """Laws 1 and 2, on conversations nobody wrote."""
+    check(compile_template(TEMPLATES[name], model_dir), reference, tokenizer, conversation)
 
 
 REFUSED = [
