@@ -68,6 +68,17 @@ def test_all_samples_are_those_of_transformers(data_file: Callable[..., Path], t
     assert last.num_masks == 153
 
 
+def test_a_token_that_closes_the_conversation_is_not_the_answers(
+    data_file: Callable[..., Path], tokenizer_dir: Path
+) -> None:
+    """Where turns have an end of their own, what stands behind the last turn is trained on by neither side."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    empty = {"role": "assistant", "content": "", "tool_calls": [call]}
+    path = data_file([*random_records(20), *CHATS, {"messages": [{"role": "user", "content": "a?"}, empty]}])
+
+    assert compared(path, tokenizer_dir, template="phi3").num_masks == 24
+
+
 def test_masks_of_generation_markers_are_compared(
     data_file: Callable[..., Path], tmp_path: Path, tokenizer_dir: Path
 ) -> None:

@@ -257,10 +257,15 @@ class _Reference:
     def _end(self, messages: list[Any], tools: Any, text: str, start: int) -> int | None:
         """Where the last of the messages, an answer that begins at `start`, ends."""
         whole = self._render(messages, tools).rstrip()
+        content = str(messages[-1].get("content") or "").strip()
+        # A token that closes the conversation is not the answer's where the turn has an end of its own.
+        turn = whole.removesuffix(self._tokenizer.eos_token or "").rstrip()
+        if start < len(turn) < len(whole) and not (content and turn.endswith(content)):
+            goes_on = self._render(messages, tools, add_generation_prompt=True)
+            whole = turn if goes_on.startswith(turn) and not goes_on.startswith(whole) else whole
         if text.startswith(whole):
             return len(whole)
         # The text of the messages alone has another beginning, such as a thought that is shown at the end only.
-        content = str(messages[-1].get("content") or "").strip()
         behind = whole[whole.rfind(content) + len(content) :] if content in whole else ""
         return start + len(content + behind) if behind and text.startswith(content + behind, start) else None
 
