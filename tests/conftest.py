@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Whoever starts the tests in the background makes them, and the commands that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Short, but the shape of the real thing: roles, an end-of-turn token that is trained, a generation prompt.
 CHAT_TEMPLATE = (

@@ -33,6 +33,7 @@ def test_its_checks_run() -> None:
     """Each check holds where it runs small on the CPU, so that on a GPU only the GPU can be what fails."""
     done = run("--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
-    checked = {line.split(": ")[0] for line in done.stdout.splitlines()[1:-1]}
+    # DeepSpeed prints lines of its own among ours.
+    checked = {line.split(": ")[0] for line in done.stdout.splitlines() if line.startswith("ok ")}
     assert checked == {f"ok     {name}" for name in ("kernels", "chunked_loss", "parity", "masters", "resume", "speed")}
     assert done.stdout.splitlines()[-1] == "gpu-check: all holds"

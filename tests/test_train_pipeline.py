@@ -26,7 +26,7 @@ from sft_fast.train.plan import BatchArithmetic, train_stream
 from sft_fast.train.tracking import create_tracker
 from tests.train_helpers import Workspace, broken_workspace, dataset_of, plain_loop, write_records
 
-TRAINING_PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+METRICS_PAGE = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 # What differs between two runs that do the same.
 TIMES = {
@@ -119,7 +119,7 @@ def test_a_run_leaves_what_it_promises(
 
 def test_every_metric_is_in_the_table(workspace: Workspace, tmp_path: Path) -> None:
     """The table in the documentation has the names that a run writes, and no others; MFU only where a peak is known."""
-    table = re.findall(r"^\| `([\w/<>]+)` \|", TRAINING_PAGE.split("### Metrics")[1].split("##")[0], flags=re.MULTILINE)
+    table = re.findall(r"^\| `([\w/<>]+)` \|", METRICS_PAGE.split("## What to look at")[0], flags=re.MULTILINE)
     config = config_in(workspace, tmp_path / "a", training={"max_steps": 2}, device_peak_tflops=0.5)
     run(with_sources(config, tmp_path))
     without = config_in(workspace, tmp_path / "b", training={"max_steps": 1})
