@@ -95,6 +95,8 @@ def compare(
             counts["masks"] += not reasons
             not_compared.update(reasons.keys())
             at += 1
+        if at == len(indices):
+            break  # the rest of the files holds none of them
     if at < len(indices):
         message = "the record of this sample is not in the files"
         raise DatasetError(message, code="differs", path=dataset[indices[at]].source)
