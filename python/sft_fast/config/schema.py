@@ -277,6 +277,10 @@ class SFTConfig:
     save_steps: CountOrZero = 50
     """Steps between checkpoints. The end of the run always writes one; 0 writes only that one."""
 
+    async_save: bool = False
+    """Training goes on while a checkpoint is written: it stands still only until the state is copied, which takes as
+    much memory of the machine as the files have. The last checkpoint of a run is complete before it ends. Ours."""
+
     max_ckpt_to_keep: CountOrZero = 0
     """Newest checkpoints to keep, besides the one with the lowest validation loss. 0 keeps all."""
 

@@ -146,9 +146,8 @@ def commit(staging: Path, state: TrainState) -> Checkpoint:
     Returns when it would survive a power cut.
     """
     _write_json(staging / _STATE, dataclasses.asdict(state))
+    sync_files(staging)
     sizes = {str(path.relative_to(staging)): path.stat().st_size for path in sorted(_files(staging))}
-    for name in sizes:
-        _sync(staging / name)
     _write_json(staging / _MANIFEST, {"format": FORMAT, "step": state.step, "files": sizes})
     for directory in [path for path in staging.rglob("*") if path.is_dir()]:
         _sync(directory)
@@ -295,6 +294,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def sync_files(directory: Path) -> None:
+    """Forces every file below a directory to the disk."""
+    for path in _files(directory):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_fast.console import seconds
+from sft_fast.console import count, seconds
 from sft_fast.errors import TrainError
 from sft_fast.train.checkpoint import TrainState, commit, naming_a_full_disk, remove_old, staging_directory
 from sft_fast.train.cluster import Call, Ranks
@@ -22,6 +22,7 @@ from sft_fast.train.tracking import Tracker
 
 if TYPE_CHECKING:
     from sft_fast.config import SFTConfig
+    from sft_fast.train.background import WriteReport
     from sft_fast.train.generate import Generation
     from sft_fast.train.worker import TrainStepReport, ValStepReport
 
@@ -40,14 +41,32 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class _Save:
+    """A checkpoint that the ranks have been told to write."""
+
+    held: Call  # answers when the ranks can go on
+    staging: Path  # where it is being written
+    in_background: bool  # whether it may still be under way then
+
+
+@dataclass(frozen=True)
 class _StepCalls:
     """The work of one step that the ranks have been given."""
 
     step: int  # steps done with it
     train: Call
     validate: Call | None
-    checkpoint: Call | None
-    staging: Path | None  # where the checkpoint is being written
+    written: Call | None  # what becomes of the checkpoint that is written in the background, of an earlier step
+    save: _Save | None
+
+
+@dataclass(frozen=True)
+class _Background:
+    """A checkpoint that is being written while the ranks train on."""
+
+    staging: Path
+    state: TrainState  # of its step
+    held_seconds: float
 
 
 class TrainLoop:
@@ -79,6 +98,9 @@ class TrainLoop:
         self._stop_signal = stop_signal
         self._num_skipped_in_a_row = 0
         self._saved_step = state.step
+        self._writing: Path | None = None  # what the ranks were told last to write in the background, until it is done
+        self._background: _Background | None = None
+        self._num_waits = 0
 
     def run(self) -> None:
         """Trains to the last step, or until the validation loss no longer falls, or until a signal asks to end.
@@ -100,8 +122,10 @@ class TrainLoop:
         signal_name = self._stop_signal()
         if under_way is not None:
             self._finish(under_way)
+        self._finish_background()
         if self._saved_step < self.state.step:
-            self._commit(self.state.step, *self._submit_checkpoint(self.state.step))
+            save = self._submit_save(self.state.step, in_background=False)
+            self._commit(save.staging, self.state, f"written in {seconds(max(save.held.result()))}")
         if self.state.step == self._num_steps:
             return
         if signal_name is None:
@@ -129,26 +153,55 @@ class TrainLoop:
         if self._has_validation and _is_due(step, config.eval_steps, is_last):
             validate = self._cluster.submit("val_step")
         is_saved = _is_due(step, config.save_steps, is_last)
-        checkpoint, staging = self._submit_checkpoint(step) if is_saved else (None, None)
-        return _StepCalls(step, train, validate, checkpoint, staging)
+        # Only one checkpoint is under way at a time: the next one waits for it.
+        written = self._cluster.submit("finish_checkpoint", is_saved) if self._writing is not None else None
+        # The last one has nothing to be written beside.
+        save = self._submit_save(step, in_background=config.async_save and not is_last) if is_saved else None
+        return _StepCalls(step, train, validate, written, save)
 
-    def _submit_checkpoint(self, step: int) -> tuple[Call, Path]:
+    def _submit_save(self, step: int, *, in_background: bool) -> _Save:
         staging = staging_directory(self._config.output_dir, step)
-        return self._cluster.submit("do_checkpoint", str(staging)), staging
+        self._writing = staging if in_background else None
+        return _Save(self._cluster.submit("do_checkpoint", str(staging), in_background), staging, in_background)
 
-    def _commit(self, step: int, written: Call, staging: Path) -> None:
-        """Makes what the ranks have written a checkpoint of the state as it is."""
-        took = max(written.result())
+    def _commit(self, staging: Path, state: TrainState, how: str) -> None:
+        """Makes what the ranks have written a checkpoint of `state`."""
         with naming_a_full_disk(staging):
-            saved = commit(staging, replace(self.state, saved_at=time.time()))
-        self._saved_step = step
-        self._outputs.progress.note(f"checkpoint {saved.path}, written in {seconds(took)}")
-        remove_old(self._config.output_dir, self.state.run_id, self._config.max_ckpt_to_keep)
+            saved = commit(staging, replace(state, saved_at=time.time()))
+        self._saved_step = state.step
+        self._outputs.progress.note(f"checkpoint {saved.path}, {how}")
+        remove_old(self._config.output_dir, state.run_id, self._config.max_ckpt_to_keep)
+
+    def _finish_background(self, written: Call | None = None) -> None:
+        """Commits what has been written in the background, if all ranks say so; without a call of theirs, waits."""
+        background = self._background
+        if background is None:
+            return
+        if written is None:
+            written = self._cluster.submit("finish_checkpoint", True)
+        reports: list[WriteReport | None] = written.result()
+        done = [report for report in reports if report is not None]
+        if len(done) < len(reports):
+            return
+        waited = max(report.waited_seconds for report in done)
+        how = (
+            f"written in {seconds(max(report.seconds for report in done))} beside training, "
+            f"which it held for {seconds(background.held_seconds + waited)}"
+        )
+        if waited:
+            self._num_waits += 1
+            how += f"; the next one had to wait for it (waits so far: {count(self._num_waits)})"
+        self._background = None
+        if self._writing == background.staging:
+            self._writing = None
+        self._commit(background.staging, background.state, how)
 
     def _finish(self, calls: _StepCalls) -> None:
         """Waits for the work of a step, records it, and makes its checkpoint one."""
         config, outputs = self._config, self._outputs
         trained = calls.train.result()
+        if calls.written is not None:
+            self._finish_background(calls.written)
         validated = [] if calls.validate is None else calls.validate.result()
         self._count_skipped(trained[0])
         step = self._metrics(trained, validated)
@@ -156,15 +209,19 @@ class TrainLoop:
             replace(self.state, step=calls.step), step.val_loss, config.early_stopping_threshold
         )
 
-        is_logged = calls.step % config.logging_steps == 0 or bool(validated) or calls.checkpoint is not None
+        is_logged = calls.step % config.logging_steps == 0 or bool(validated) or calls.save is not None
         if is_logged:
             outputs.metrics.write(step.values())
             outputs.tracker.log({name: v for name, v in step.values().items() if name != "step"}, calls.step)
         if validated:
             self._show_generations(validated[0].generations)
         outputs.progress.step(step, is_logged)
-        if calls.checkpoint is not None and calls.staging is not None:
-            self._commit(calls.step, calls.checkpoint, calls.staging)
+        if calls.save is not None:
+            held = max(calls.save.held.result())
+            if calls.save.in_background:
+                self._background = _Background(calls.save.staging, self.state, held)
+            else:
+                self._commit(calls.save.staging, self.state, f"written in {seconds(held)}")
 
     def _count_skipped(self, report: TrainStepReport) -> None:
         """Says that a step has changed nothing, and gives up where that goes on."""

@@ -7,7 +7,7 @@ called with the same method in the same order.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +19,9 @@ from sft_fast.data import Dataset
 from sft_fast.errors import ConfigError, TrainError
 from sft_fast.prefetch import Prefetcher
 from sft_fast.stream import StepPlan, StepStream
+from sft_fast.train.background import BackgroundWriter, WriteReport
 from sft_fast.train.batch import MicroBatch, make_micro_batch
-from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, naming_a_full_disk
+from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, naming_a_full_disk, sync_files
 from sft_fast.train.export import save_model_files, write_model
 from sft_fast.train.flops import ModelFlops, peak_tflops
 from sft_fast.train.generate import Generation, generate_answers
@@ -85,6 +86,7 @@ class SFTWorker:
         self._prefetcher: _Batches | None = None
         self._next_step = -1
         self._val_streams: dict[str, StepStream] = {}
+        self._writer = BackgroundWriter()
 
     def initialize(
         self,
@@ -240,22 +242,51 @@ class SFTWorker:
         )
         return answers if self._rank.rank == 0 else []
 
-    def do_checkpoint(self, directory: str) -> float:
+    def do_checkpoint(self, directory: str, in_background: bool = False) -> float:
         """Writes this rank's part of a checkpoint into a staging directory (see `checkpoint.py`).
 
+        Args:
+            directory: the staging directory.
+            in_background: to return as soon as the state is copied; `finish_checkpoint` says when it is written.
+
         Returns:
-            The seconds it took.
+            The seconds for which it held the rank.
 
         Raises:
             TrainError: the disk is full.
         """
         start = time.perf_counter()
         with naming_a_full_disk(directory):
-            self._strategy.save(directory, CLUSTER_NAME)
-            if self._rank.rank == 0:
-                config = self._strategy.model.hf_model.config
-                save_model_files(config, self._config.pretrain, Path(directory, MODEL_DIRECTORY))
+            if in_background:
+                write = self._strategy.snapshot(directory, CLUSTER_NAME)
+                self._writer.start(lambda: self._write(write, directory))
+            else:
+                self._strategy.save(directory, CLUSTER_NAME)
+                self._write_model_files(directory)
         return time.perf_counter() - start
+
+    def finish_checkpoint(self, wait: bool) -> WriteReport | None:
+        """What became of the checkpoint that is being written in the background; None while it is not done.
+
+        Args:
+            wait: to hold the rank until it is.
+
+        Raises:
+            TrainError: the disk is full. Any other error of writing is raised as it is.
+        """
+        return self._writer.finish(wait)
+
+    def _write(self, write: Callable[[], None], directory: str) -> None:
+        """The work of the background: all of this rank's files, to the disk."""
+        with naming_a_full_disk(directory):
+            write()
+            self._write_model_files(directory)
+            sync_files(Path(directory))
+
+    def _write_model_files(self, directory: str) -> None:
+        if self._rank.rank == 0:
+            config = self._strategy.model.hf_model.config
+            save_model_files(config, self._config.pretrain, Path(directory, MODEL_DIRECTORY))
 
     def export(self, output_dir: str) -> None:
         """Writes the model as it is now, as an ordinary model directory, adapters merged; see `export.py`."""
@@ -269,6 +300,7 @@ class SFTWorker:
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
+        self._writer.close()
         if hasattr(self, "_strategy"):
             self._strategy.close()
             del self._strategy

@@ -85,6 +85,14 @@ class TrainStrategy(abc.ABC):
         """Writes weights and optimizer state to `<directory>/<tag>/`; returns when every rank has written."""
 
     @abc.abstractmethod
+    def snapshot(self, directory: str, tag: str) -> Callable[[], None]:
+        """Copies what `save` would write into memory, and gives what writes it.
+
+        The function is called once, in another thread, while training goes on; it waits for no training of other ranks,
+        and returns when this rank has written its part.
+        """
+
+    @abc.abstractmethod
     def load(self, directory: str, tag: str, *, is_universal: bool = False) -> None:
         """Reads what `save` wrote with the same number of ranks, or what `convert_checkpoint` made of it for any."""
 

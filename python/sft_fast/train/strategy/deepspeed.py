@@ -16,11 +16,13 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import logger as deepspeed_logger
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from typing_extensions import override
 
 from sft_fast.errors import TrainError
+from sft_fast.train.background import copy_to_host
 from sft_fast.train.batch import MicroBatch
 from sft_fast.train.model import SFTModel
 from sft_fast.train.optim import make_optimizer
@@ -150,6 +152,16 @@ class DeepSpeedStrategy(TrainStrategy):
         )
 
     @override
+    def snapshot(self, directory: str, tag: str) -> Callable[[], None]:
+        copies = _CopyingEngine(self._engine._config)
+        usual, self._engine.checkpoint_engine = self._engine.checkpoint_engine, copies
+        try:
+            self.save(directory, tag)
+        finally:
+            self._engine.checkpoint_engine = usual
+        return copies.write
+
+    @override
     def load(self, directory: str, tag: str, *, is_universal: bool = False) -> None:
         groups = self._optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -193,3 +205,24 @@ class DeepSpeedStrategy(TrainStrategy):
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
+
+
+class _CopyingEngine(TorchCheckpointEngine):  # type: ignore[misc]
+    """Keeps copies of what DeepSpeed would have written, file by file, until it is told to write them.
+
+    DeepSpeed's own writer beside training wants its library for asynchronous files, which has to be compiled.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        self._files: list[tuple[Any, str]] = []
+
+    @override
+    def save(self, state_dict: Any, path: str) -> None:
+        self._files.append((copy_to_host(state_dict), path))
+
+    def write(self) -> None:
+        """Writes the files; the memory of each is given back as soon as it is written."""
+        while self._files:
+            state, path = self._files.pop(0)
+            super().save(state, path)
