@@ -51,7 +51,15 @@ class ModelArguments:
     """Attention kernel. `null` and `auto` take the fastest that the machine has and that is exact on packs."""
 
     disable_gradient_checkpointing: bool = False
-    """True keeps all activations: faster, but more memory."""
+    """True keeps all activations: faster, but more memory. `gradient_checkpointing` replaces it."""
+
+    gradient_checkpointing: Literal["full", "selective", "none"] | None = None
+    """What is computed again in the backward pass instead of kept: `full` keeps the input of each layer alone,
+    `selective` also the results of matrix products and attention, `none` keeps all. `null`: `full`, unless
+    `disable_gradient_checkpointing`. Ours."""
+
+    offload_activations: bool = False
+    """On a GPU, what the layers keep for the backward pass waits in the machine's memory. Ours."""
 
     model_config_kwargs: dict[str, Any] = field(default_factory=dict)
     """Entries that replace those of the model's own `config.json`."""
@@ -80,6 +88,11 @@ class ModelArguments:
 
     resize_vocab: bool = False
     """Gives the model the embeddings that it lacks where its tokenizer has more ids: tokens were added to it."""
+
+    @property
+    def kept_activations(self) -> str:
+        """`gradient_checkpointing`, filled in."""
+        return self.gradient_checkpointing or ("none" if self.disable_gradient_checkpointing else "full")
 
     @property
     def has_adapters(self) -> bool:

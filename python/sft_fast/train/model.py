@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from sft_fast.errors import ConfigError, TokenizerError, TrainError
 from sft_fast.train import attention
 from sft_fast.train.loss import attach_loss, head_transform
+from sft_fast.train.memory import checkpoint_layers, offload_activations
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,17 +32,26 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 class SFTModel(nn.Module):
     """A causal language model whose forward is the training loss of one micro-batch."""
 
-    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0, neftune_alpha: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        label_smoothing: float = 0.0,
+        neftune_alpha: float = 0.0,
+        offloads_activations: bool = False,
+    ) -> None:
         """Wraps `model` (a transformers model, or the same inside PEFT's wrapper) and teaches its head the loss.
 
         Args:
             model: the model.
             label_smoothing: of the loss in training; validation is without.
             neftune_alpha: how much noise the embeddings get in training; see `neftune_noise`.
+            offloads_activations: whether what the layers keep for the backward pass waits in CPU memory.
         """
         super().__init__()
         self.model = model
         self._label_smoothing, self._neftune_alpha = label_smoothing, neftune_alpha
+        self._offloads_activations = offloads_activations
         hf = self.hf_model
         scale, softcap = head_transform(hf.config)
         attach_loss(output_layer(hf), scale=scale, softcap=softcap)
@@ -69,15 +79,17 @@ class SFTModel(nn.Module):
         if self.training and self._neftune_alpha:
             embedded = hf.get_input_embeddings()(input_ids)
             tokens = {"inputs_embeds": embedded + neftune_noise(embedded, segment_lengths, self._neftune_alpha)}
-        hidden = hf.base_model(
-            **tokens,
-            position_ids=position_ids,
-            attention_mask=None,
-            use_cache=False,
-            cu_seqlens=cu_seqlens,
-            segment_lengths=segment_lengths,
-            max_seqlen=max_seqlen,
-        )[0]
+        # Not the head: its gradients are taken in its forward pass, and wanted at once.
+        with offload_activations() if self._offloads_activations else contextlib.nullcontext():
+            hidden = hf.base_model(
+                **tokens,
+                position_ids=position_ids,
+                attention_mask=None,
+                use_cache=False,
+                cu_seqlens=cu_seqlens,
+                segment_lengths=segment_lengths,
+                max_seqlen=max_seqlen,
+            )[0]
         # Only positions with a label go through the head, which costs as much as several layers. An empty selection
         # still makes a graph, so that a rank without labels takes part in the backward pass.
         selected = hidden[0].index_select(0, label_positions)
@@ -195,23 +207,9 @@ def load_model(path: str, model_args: Any, *, seed: int = 0, vocab_size: int = 0
     if model_args.has_adapters:
         model = _add_lora(model, model_args)
     _freeze(model, model_args.freeze_module_prefix or [])
-    if not model_args.disable_gradient_checkpointing:
-        _checkpoint_layers(model)
+    checkpoint_layers(model, model_args.kept_activations)
     loaded: nn.Module = model
     return loaded
-
-
-def _checkpoint_layers(model: Any) -> None:
-    """Keeps only each layer's input in memory and computes the rest again in the backward pass."""
-    if not getattr(model, "supports_gradient_checkpointing", True):
-        raise ConfigError(
-            f"{type(model).__name__} has no gradient checkpointing",
-            code="unsupported_model",
-            location="sft_train.model_args.disable_gradient_checkpointing",
-            hint="set it to true",
-        )
-    # Not the re-entrant form: it loses the gradient where the embeddings are frozen, as they are with adapters.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _add_lora(model: nn.Module, model_args: Any) -> nn.Module:

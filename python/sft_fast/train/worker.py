@@ -139,7 +139,10 @@ class SFTWorker:
             vocab_size=self._stream.dataset.vocab_size,
         )
         model = SFTModel(
-            loaded, label_smoothing=arguments.label_smoothing_factor, neftune_alpha=arguments.neftune_noise_alpha
+            loaded,
+            label_smoothing=arguments.label_smoothing_factor,
+            neftune_alpha=arguments.neftune_noise_alpha,
+            offloads_activations=config.sft_train.model_args.offload_activations,
         )
         vocab_size = int(model.hf_model.get_input_embeddings().num_embeddings)
         if self._stream.dataset.vocab_size > vocab_size:

@@ -20,7 +20,7 @@ _EQUIVALENTS = {
         "  strategy_config.zero_optimization.stage: 1   for use_distributed_optimizer\n"
         "  strategy_config.zero_optimization.stage: 3   to split the weights, as tensor and pipeline parallel do\n"
         "  strategy_config.zero_optimization.offload_optimizer: {device: cpu}   for optimizer_cpu_offload\n"
-        "  model_args.disable_gradient_checkpointing: false   for recompute_granularity: full\n"
+        "  model_args.gradient_checkpointing: full or selective   for recompute_granularity\n"
         "and leave out *_model_parallel_size, sequence_parallel and context_parallel_size"
     ),
 }

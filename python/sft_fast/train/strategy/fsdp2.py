@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from sft_fast.train.batch import MicroBatch
+from sft_fast.train.memory import decoder_layers
 from sft_fast.train.model import DTYPES, SFTModel
 from sft_fast.train.optim import make_optimizer
 from sft_fast.train.strategy.base import RankInfo, StepResult, TrainStrategy
@@ -80,7 +80,7 @@ class Fsdp2Strategy(TrainStrategy):
             ),
             "offload_policy": CPUOffloadPolicy() if self._settings.offload else OffloadPolicy(),
         }
-        layers = _decoder_layers(model.hf_model)
+        layers = decoder_layers(model.hf_model)
         for layer in layers:
             fully_shard(layer, **options)
         # One group, since a head may be the embedding; not the whole model, since its parts are also called alone.
@@ -196,13 +196,6 @@ class Fsdp2Strategy(TrainStrategy):
     @override
     def close(self) -> None:
         self._model, self._optimizer, self._writers = None, None, None
-
-
-def _decoder_layers(hf: Any) -> list[nn.Module]:
-    """The layers of a transformers model: its list of as many modules as the configuration says."""
-    num_layers = hf.config.get_text_config().num_hidden_layers
-    lists = (module for module in hf.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers)
-    return list(next(lists))
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
