@@ -61,6 +61,10 @@ class ModelArguments:
     offload_activations: bool = False
     """On a GPU, what the layers keep for the backward pass waits in the machine's memory. Ours."""
 
+    compile: bool = False
+    """Compiles the layers of the model with `torch.compile`, which takes a minute at the start. A CPU needs g++, a GPU
+    Triton. Ours."""
+
     model_config_kwargs: dict[str, Any] = field(default_factory=dict)
     """Entries that replace those of the model's own `config.json`."""
 
@@ -422,6 +426,13 @@ class SFTConfig:
         model.additional_target = _names(model.additional_target)
         if isinstance(model.lora_target, str) and re.fullmatch(r"[\w.\s-]+(,[\w.\s-]+)+", model.lora_target):
             model.lora_target = _names(model.lora_target)
+        if model.compile and model.gradient_checkpointing == "selective":
+            raise ConfigError(
+                "a compiler decides itself which results of a layer it keeps, so checkpointing cannot be selective",
+                code="unknown_value",
+                location="sft_train.model_args.gradient_checkpointing",
+                hint="write full or none, or compile: false",
+            )
         if train.training_args.data_seed is None:
             train.training_args.data_seed = self.seed
         train.system_envs = _texts(train.system_envs, "sft_train.system_envs")

@@ -28,11 +28,12 @@ NAME = "sft_fast_per_sample"
 _REFUSED_ARGUMENTS = ("s_aux", "position_bias", "head_mask")
 
 
-def register(implementation: str | None = None) -> None:
+def register(implementation: str | None = None, *, adapt: Callable[[Any], Any] | None = None) -> None:
     """Makes `attn_implementation=NAME` valid for models of transformers. May be called again.
 
     Args:
         implementation: None or `auto` for the fastest kernel; `sdpa`, `eager` or `fa2` (`flash_attention_2`) for it.
+        adapt: makes another function of it, for layers that do not call it as it is.
 
     Raises:
         ConfigError: FlashAttention is asked for and not there.
@@ -45,7 +46,8 @@ def register(implementation: str | None = None) -> None:
                 location="sft_train.model_args.attn_implementation",
                 hint="pip install flash-attn, or leave it to `auto`",
             )
-    AttentionInterface.register(NAME, functools.partial(per_sample_attention, implementation=implementation or "auto"))
+    function: Any = functools.partial(per_sample_attention, implementation=implementation or "auto")
+    AttentionInterface.register(NAME, function if adapt is None else adapt(function))
 
 
 def per_sample_attention(

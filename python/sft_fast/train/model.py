@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from sft_fast.errors import ConfigError, TokenizerError, TrainError
 from sft_fast.train import attention
+from sft_fast.train.compiled import between_compiled, compile_layers, running_as_written
 from sft_fast.train.loss import attach_loss, head_transform
 from sft_fast.train.memory import checkpoint_layers, offload_activations
 
@@ -188,7 +189,7 @@ def load_model(path: str, model_args: Any, *, seed: int = 0, vocab_size: int = 0
             that the model lacks.
     """
     config = load_config(path, model_args.model_config_kwargs)
-    attention.register(model_args.attn_implementation)
+    attention.register(model_args.attn_implementation, adapt=between_compiled if model_args.compile else None)
     transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
     try:
@@ -208,6 +209,8 @@ def load_model(path: str, model_args: Any, *, seed: int = 0, vocab_size: int = 0
         model = _add_lora(model, model_args)
     _freeze(model, model_args.freeze_module_prefix or [])
     checkpoint_layers(model, model_args.kept_activations)
+    if model_args.compile:
+        compile_layers(model.get_base_model() if model_args.has_adapters else model)
     loaded: nn.Module = model
     return loaded
 
@@ -278,7 +281,7 @@ def check_model(model: SFTModel, device: torch.device) -> None:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), running_as_written(hf):
             packed = model(
                 input_ids=ids,
                 position_ids=torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device),
@@ -318,7 +321,8 @@ def plain_attention(hf: Any) -> Iterator[None]:
     """The model with transformers' plain attention, which every model has, for the time of a `with` block."""
     hf.set_attn_implementation("eager")
     try:
-        yield
+        with running_as_written(hf):
+            yield
     finally:
         hf.set_attn_implementation(attention.NAME)
 

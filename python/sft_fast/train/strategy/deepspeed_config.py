@@ -63,6 +63,13 @@ def make_deepspeed_config(config: Any) -> dict[str, Any]:
     stage = zero.get("stage", 1)
     if stage not in (0, 1, 2, 3):
         raise _refusal("zero_optimization.stage", f"expected 0, 1, 2 or 3, found {stage}")
+    if stage == 3 and config.sft_train.model_args.compile:
+        raise ConfigError(
+            "ZeRO-3 gathers each weight when it is needed, which would cut every layer into pieces for a compiler",
+            code="strategy_config",
+            location="sft_train.model_args.compile",
+            hint="set it to false, use stage 1 or 2, or strategy_name: fsdp2_train, which gathers whole layers",
+        )
     # Stage 0 reports no gradient norm; stage 1 computes the same update and splits the optimizer's state besides.
     zero["stage"] = max(1, stage)
 
