@@ -20,9 +20,10 @@ PYTHON_LAYERS = [
     {"_core", "configs", "options"},
     {"mixing"},
     {"config", "console"},
-    {"arrow", "reference", "spool", "tables"},
+    {"arrow", "cache", "reference", "spool", "tables"},
+    {"objects"},
     {"inputs"},
-    {"data", "cache", "prefetch"},
+    {"data", "prefetch"},
     {"chat_template", "records", "stream"},
     {"views"},
     {""},
@@ -31,9 +32,10 @@ PYTHON_LAYERS = [
     {"check", "doctor"},
     {"cli"},
 ]
-# What takes seconds to load and is only for training.
+# What takes seconds to load, and is only for training or for object storage.
 HEAVY = {
-    *("accelerate", "deepspeed", "mlflow", "peft", "ray", "swanlab", "tensorboard", "torch", "transformers", "wandb")
+    *("accelerate", "deepspeed", "mlflow", "peft", "ray", "swanlab", "tensorboard", "torch", "transformers", "wandb"),
+    *("aiohttp", "botocore", "fsspec", "gcsfs", "s3fs"),
 }
 
 # The same for the modules of the core crate.

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 import sft_fast
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = {"arrow", "datasets", "demo", "dev", "docs", "parquet", "report", "tracking", "train"}
+EXTRAS = {"arrow", "datasets", "demo", "dev", "docs", "gcs", "parquet", "report", "s3", "tracking", "train"}
 
 
 def distributions(name: str, seen: set[str]) -> Iterator[importlib.metadata.Distribution]:

@@ -77,6 +77,7 @@ def preprocess(
     progress: Callable[[Progress], object] | None,
     file_names: Sequence[str] | None = None,
     sources: Sequence[tuple[str, int]] | None = None,
+    elsewhere: Callable[[str], str | None] | None = None,
     chunk_bytes: int | None = None,
     max_shard_tokens: int | None = None,
 ) -> tuple[str, str, bool, int, float, str | None]: ...

@@ -5,6 +5,7 @@ It reads the beginning of each file through the real preprocessing, so that what
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -17,9 +18,10 @@ import sft_fast
 from sft_fast.config import SFTConfig
 from sft_fast.console import count, policy_rows, size, two_columns
 from sft_fast.errors import SftFastError
-from sft_fast.inputs import Input, resolve
+from sft_fast.inputs import Input, local_copies, resolve
 from sft_fast.inspect.terminal import show_samples
 from sft_fast.mixing import Entry, read_entries
+from sft_fast.objects import Transfer
 from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.plan import BatchArithmetic, train_stream
 
@@ -113,12 +115,14 @@ def _check_data(
     config: SFTConfig, name: str, sources: list[tuple[Entry, list[Input]]], console: Console, num_samples: int
 ) -> None:
     """Preprocesses the beginning of the files into a temporary directory and shows the first samples."""
-    with tempfile.TemporaryDirectory(prefix="sft-fast-validate-") as scratch:
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="sft-fast-validate-"))
         heads: dict[str, str] = {}
         read: list[dict[str, Any]] = []
         for entry, inputs in sources:
             own = []
-            for one in inputs[: MAX_FILES - len(heads)]:
+            first = inputs[: MAX_FILES - len(heads)]
+            for one in stack.enter_context(local_copies(first, Transfer())):
                 head = Path(scratch, f"head-{len(heads)}")
                 own.append(_head(one.path, head) if one.batches is None else _first_rows(one, head))
                 heads[own[-1]] = one.name

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sft_fast.cache import CacheContent, CachedDataset, PruneReport
     from sft_fast.data import Report
     from sft_fast.doctor import Check
+    from sft_fast.objects import Transfer
     from sft_fast.reference import Comparison
 
 # Seconds between two plain progress lines.
@@ -219,7 +220,7 @@ def print_reports(reports: Mapping[str, Report], plans: Mapping[str, Mapping[str
     for name, report in reports.items():
         print_report(stdout_console(), report, name or "preprocessed", plan_rows(**plans[name]))
         if report.num_rejected:
-            print_note(f"what was left out, and why: {os.path.join(report.path, 'rejected.jsonl')}")
+            print_note(f"what was left out, and why: rejected.jsonl in {report.path}")
         if report.why_not_fast and not report.reused:
             print_note(f"the slower tokenizers library encoded: {report.why_not_fast}")
 
@@ -249,6 +250,7 @@ def report_table(report: Report, title: str, more: Sequence[tuple[str, str]] = (
             ("longest sample", f"{count(report.max_sample_tokens)} tokens"),
             *([("as of transformers", compared(report.comparison))] if report.comparison else []),
             *more,
+            *([("object storage", transferred(report.transfer))] if not report.transfer.is_nothing else []),
             ("time", "found in the cache" if report.reused else f"{seconds(report.seconds)}, {rate:.1f} MB/s"),
             ("data set", str(report.path)),
         ],
@@ -260,6 +262,17 @@ def compared(comparison: Comparison) -> str:
     left_out = [f"{reason} {count(number)}" for reason, number in sorted(comparison.not_compared.items())]
     text = f"ids of {count(comparison.num_ids)}, masks of {count(comparison.num_masks)} samples"
     return f"{text}; not compared: {', '.join(left_out)}" if left_out else text
+
+
+def transferred(transfer: Transfer) -> str:
+    """What was moved from and to object storage, and at which price."""
+    parts = [
+        ("fetched", size(transfer.num_fetched_bytes), transfer.num_fetched_bytes),
+        ("from the cache", size(transfer.num_cached_bytes), transfer.num_cached_bytes),
+        ("sent", size(transfer.num_sent_bytes), transfer.num_sent_bytes),
+        ("requests made again", count(transfer.num_retries), transfer.num_retries),
+    ]
+    return ", ".join(f"{what} {text}" for what, text, number in parts if number)
 
 
 def plan_rows(

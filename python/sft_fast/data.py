@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal
 
-from sft_fast import _core, lease, reference
+from sft_fast import _core, lease, objects, reference
 from sft_fast._core import Progress
 from sft_fast.errors import ConfigError
 from sft_fast.inputs import Inputs, resolve
@@ -72,6 +72,8 @@ class Report:
     """Why the `tokenizers` library encoded, not the fast engine, where it did: the tokens are the same."""
     comparison: reference.Comparison | None
     """What came of `verify`; `None` where nothing was compared."""
+    transfer: objects.Transfer
+    """What was moved from and to object storage, and how often a request had to be made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +123,12 @@ def preprocess(
 
     Args:
         files: Paths, globs or directories of JSON Lines files, JSON arrays or Parquet files, and data sets of Hugging
-            Face: what `save_to_disk` wrote, or `hf:NAME@CONFIG:SPLIT`. A list mixes sources: each entry is one, and may
+            Face: what `save_to_disk` wrote, or `hf:NAME@CONFIG:SPLIT`; on this machine or in object storage, as
+            `s3://bucket/data/*.jsonl`. A list mixes sources: each entry is one, and may
             be a mapping of `path`, `name`, `weight` and `max_samples`; the last two decide what an epoch uses, and
             never the tokens (`Report.sources`).
-        output_dir: Directory of the dataset; must be new, empty, or a dataset.
+        output_dir: Directory of the dataset; must be new, empty, or a dataset. An address such as `s3://bucket/name`
+            puts it into object storage, where a reader sees the old dataset or all of the new one.
         tokenizer: Directory of a model with `tokenizer.json`.
         template: `native` (the model's own chat template), a name such as `qwen2_5`, or a `.jinja` file.
         sequence_length: Longest sample, in tokens.
@@ -237,7 +241,7 @@ def ensure_dataset(
                        train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
                        dropped_thinking=dropped_thinking, verify=verify, progress=progress,
         )  # fmt: skip
-        if lease.keep(report.path):
+        if objects.is_address(report.path) or lease.keep(report.path):
             return report
         # It was pruned in the moment between; make it again.
 
@@ -266,15 +270,21 @@ def _preprocess(
     for entry in entries:
         found = resolve(entry.paths)
         num_files.append(len(found.files))
-        inputs.files += found.files
-        inputs.skipped += found.skipped
+        inputs.add(found)
     policies: dict[str, str | bool] = {
         "control_tokens": control_tokens, "train_on": train_on, "train_on_tool_calls": train_on_tool_calls,
         "train_on_thinking": train_on_thinking, "dropped_thinking": dropped_thinking,
     }  # fmt: skip
     comparison = None
+    make: Callable[..., tuple[str, str, bool, int, float, str | None]] = _core.preprocess
+    if objects.is_address(output_dir):
+        from sft_fast.objects.making import Making
+
+        make = Making(fspath(output_dir), inputs.transfer)
+    else:
+        output_dir = objects.local_path(output_dir)
     with inputs.opened(output_dir) as (paths, names):
-        path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = _core.preprocess(
+        path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = make(
             paths, output_dir, sequence_length=sequence_length, num_threads=num_threads, file_names=names,
             sources=[(entry.name, num) for entry, num in zip(entries, num_files, strict=True)],
             policies=policies, **arguments,
@@ -303,6 +313,7 @@ def _preprocess(
         why_not_fast=why_not_fast,
         skipped_files=inputs.skipped,
         comparison=comparison,
+        transfer=inputs.transfer,
         **{key: manifest[key] for key in _REPORTED},
     )
 
@@ -330,18 +341,20 @@ def verify(path: str | PathLike[str], progress: Callable[[int], object] | None =
     Examples:
         >>> sft_fast.verify("out")  # says nothing: all of it is right
     """
-    _core.Dataset(path).verify(progress)
+    _core.Dataset(Dataset(path).directory).verify(progress)
 
 
 class Dataset(Sequence[Sample]):
     """A dataset on disk, mapped into memory: `dataset[i]` is a `Sample`, in the order of the records.
 
     Args:
-        path: Directory that `preprocess` wrote.
+        path: Directory that `preprocess` wrote. Of an address such as `s3://bucket/name`, a copy is made in the cache
+            of this machine, its checksums proved, and stays there as long as it is used; see docs/data.md.
         sources: How much of each source an epoch uses, such as `Report.sources`; by default each sample, once.
 
     Raises:
         DatasetError: It is no dataset, or damaged. Checksums are not read; `verify` does that.
+        FileError: Object storage can't be reached, or the cache is full.
         ConfigError: `sources` are those of other files.
 
     Examples:
@@ -355,8 +368,20 @@ class Dataset(Sequence[Sample]):
 
     def __init__(self, path: str | PathLike[str], sources: Sequence[Source] | None = None) -> None:
         self.path = fspath(path)
-        self._use = lease.Use(path)
-        self._core = _core.Dataset(path)
+        """As it was given."""
+        self.transfer = objects.Transfer()
+        """What came from object storage."""
+        self.directory = objects.local_path(path)
+        """Where the files are on this machine."""
+        self._use: object
+        if objects.is_address(path):
+            from sft_fast.objects.datasets import open_dataset
+
+            held = open_dataset(self.path, self.transfer)
+            self.directory, self._use = str(held.path), held
+        else:
+            self._use = lease.Use(self.directory)
+        self._core = _core.Dataset(self.directory)
         self.sources = describe(self.manifest, sources)
         """The sources, in order, with their counts."""
 

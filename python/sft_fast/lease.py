@@ -19,12 +19,13 @@ MANIFEST_NAME = "manifest.json"
 class Use:
     """A shared lock on a dataset, as long as the object lives: `sft-fast cache prune` leaves the dataset alone.
 
-    Where there is no manifest, or the file system knows no locks, there is none: `is_held` is false.
+    The lock is on its manifest; other directories have another file for it, `name`. Where there is none, or the file
+    system knows no locks, nothing is locked: `is_held` is false.
     """
 
-    def __init__(self, dataset: str | PathLike[str]) -> None:
+    def __init__(self, dataset: str | PathLike[str], name: str = MANIFEST_NAME) -> None:
         self._descriptor: int | None = None
-        manifest = Path(dataset, MANIFEST_NAME)
+        manifest = Path(dataset, name)
         while True:
             try:
                 descriptor = os.open(manifest, os.O_RDONLY | os.O_NONBLOCK)
@@ -104,14 +105,14 @@ def exclusive(target: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def unused(dataset: Path) -> Iterator[bool]:
+def unused(dataset: Path, name: str = MANIFEST_NAME) -> Iterator[bool]:
     """Keeps a dataset from being opened as a `Use`; yields false where a process uses it.
 
     A dataset without a manifest is used by nobody.
     """
     try:
         # Some network file systems lock only what is open for writing.
-        descriptor = os.open(dataset / MANIFEST_NAME, os.O_RDWR | os.O_NONBLOCK)
+        descriptor = os.open(dataset / name, os.O_RDWR | os.O_NONBLOCK)
     except (FileNotFoundError, IsADirectoryError):
         yield True
         return

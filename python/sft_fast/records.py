@@ -9,7 +9,8 @@ from typing import Any
 
 from sft_fast.data import Report, preprocess
 from sft_fast.errors import InputError
-from sft_fast.spool import Spool, existing_parent
+from sft_fast.inputs import scratch_directory
+from sft_fast.spool import Spool
 
 SOURCE = "<records>"
 """What errors, samples and the manifest call records that are in no file: the third one is `<records>:3`."""
@@ -43,7 +44,7 @@ def preprocess_records(records: Iterable[dict[str, Any]], output_dir: str | Path
         >>> sft_fast.Dataset("sums")[2].source
         '<records>:3'
     """
-    with Spool(SOURCE, existing_parent(output_dir)) as spool:
+    with Spool(SOURCE, scratch_directory(output_dir)) as spool:
         spool.write(_lines(records))
         return preprocess(spool, output_dir, **options)
 

@@ -167,8 +167,9 @@ class DataArguments:
 
     file_name: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
     """JSON Lines, JSON or Parquet files, directories of them, or `hf:NAME@CONFIG:SPLIT` for a data set of Hugging Face:
-    a path, a glob, or a list of sources. A source is one of these, or a group of `path`, `name`, `weight` (how often an
-    epoch uses a sample of it) and `max_samples`. Weights and caps never encode anything anew."""
+    a path, a glob, an address such as `s3://bucket/data/*.jsonl`, or a list of sources. A source is one of these, or a
+    group of `path`, `name`, `weight` (how often an epoch uses a sample of it) and `max_samples`. Weights and caps never
+    encode anything anew."""
 
     template: str = "native"
     """Chat template: `native` is the tokenizer's own, other names are built in. `global_template` replaces it."""
@@ -372,7 +373,8 @@ class SFTConfig:
     """Environment variables of all processes of the run."""
 
     data_cache_dir: str = "./output/data"
-    """Where preprocessed data sets are kept and found again, one directory a fingerprint. Ours."""
+    """Where preprocessed data sets are kept and found again, one directory a fingerprint: a directory, or an address
+    such as `s3://bucket/cache`. Ours."""
 
     export_dir: str | None = None
     """Where the trained model goes at the end, as an ordinary model directory. `null`: nowhere. Ours."""

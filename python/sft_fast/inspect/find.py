@@ -69,7 +69,7 @@ def rejected_records(dataset: sft_fast.Dataset) -> Iterator[dict[str, Any]]:
     Raises:
         DatasetError: the file is missing or damaged.
     """
-    path = os.path.join(dataset.path, "rejected.jsonl")
+    path = os.path.join(dataset.directory, "rejected.jsonl")
     try:
         with open(path, encoding="utf-8") as file:
             for line in file:

@@ -185,9 +185,12 @@ impl Manifest {
     /// # Errors
     /// [`ErrorKind::Dataset`] where there is no manifest, or one that is damaged, foreign or of another version.
     pub fn read(directory: &Path) -> Result<Self> {
-        let path = directory.join(MANIFEST_NAME);
-        let refuse = |what: String| Error::new(ErrorKind::Dataset, what).with_path(&path);
-        let value = read_json(directory)?;
+        Self::of_json(read_json(directory)?, &directory.join(MANIFEST_NAME))
+    }
+
+    /// The manifest that a value is, which was read from `path`.
+    pub fn of_json(value: serde_json::Value, path: &Path) -> Result<Self> {
+        let refuse = |what: String| Error::new(ErrorKind::Dataset, what).with_path(path);
         if value["format"] != DATASET_FORMAT {
             return Err(refuse(format!("expected the format \"{DATASET_FORMAT}\", found {}", value["format"])));
         }

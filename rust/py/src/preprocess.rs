@@ -1,13 +1,15 @@
 //! `preprocess`: one call that makes a dataset.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use sft_fast_core::conversation::{FieldMapping, Shape};
-use sft_fast_core::manifest::Source;
+use sft_fast_core::manifest::{MANIFEST_NAME, Manifest, Source};
 use sft_fast_core::model::Model;
 use sft_fast_core::preprocess::{self as core, Duplicates, MAX_SHARD_TOKENS, OnError, Options, Place};
 use sft_fast_core::sample::TooLong;
@@ -28,13 +30,16 @@ pub struct Progress {
     records_by_shape: BTreeMap<String, u64>,
 }
 
+/// `elsewhere` is called with the fingerprint, and returns the manifest of that dataset as JSON if there is no need to make it.
+///
 /// Makes a dataset and returns (path, manifest as JSON, whether it was there already, samples taken from an older one,
 /// seconds, why the reference
 /// tokenizer was taken).
 #[pyfunction]
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
     query_key, response_key, history_key, text_key, record_shape, template_date, num_threads, on_error,
-    too_long, duplicates, policies, overwrite, progress, file_names=None, sources=None, chunk_bytes=None, max_shard_tokens=None))]
+    too_long, duplicates, policies, overwrite, progress, file_names=None, sources=None, elsewhere=None, chunk_bytes=None,
+    max_shard_tokens=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub fn preprocess(
     py: Python<'_>,
@@ -61,6 +66,7 @@ pub fn preprocess(
     progress: Option<Py<PyAny>>,
     file_names: Option<Vec<PathBuf>>,
     sources: Option<Vec<(String, u64)>>,
+    elsewhere: Option<Py<PyAny>>,
     chunk_bytes: Option<usize>,
     max_shard_tokens: Option<u32>,
 ) -> PyResult<(PathBuf, String, bool, u64, f64, Option<String>)> {
@@ -100,8 +106,9 @@ pub fn preprocess(
     let (report, why_not_fast) = detached(py, |call| {
         let model = Model::load(&tokenizer, &template, template_date.as_deref())?;
         let why_not_fast = model.tokenizer.why_not_fast().map(str::to_owned);
-        let report = core::preprocess(&options, &model, &mut |state| {
-            call(&|py| {
+        let call = RefCell::new(call);
+        let mut on_progress = |state: &core::Progress| {
+            call.borrow_mut()(&|py| {
                 let Some(progress) = &progress else { return Ok(()) };
                 let state = Progress {
                     is_hashing: state.is_hashing,
@@ -114,7 +121,20 @@ pub fn preprocess(
                 };
                 progress.call1(py, (state,)).map(drop)
             })
-        })?;
+        };
+        let mut find = |fingerprint: &str| {
+            let Some(elsewhere) = &elsewhere else { return Ok(None) };
+            let found = Mutex::new(None);
+            call.borrow_mut()(&|py| {
+                *found.lock().expect("no panic") = elsewhere.call1(py, (fingerprint,))?.extract(py)?;
+                Ok(())
+            })?;
+            let json: Option<String> = found.into_inner().expect("no panic");
+            let Some(json) = json else { return Ok(None) };
+            let value = serde_json::from_str(&json).unwrap_or_default(); // null is no manifest
+            Manifest::of_json(value, Path::new(MANIFEST_NAME)).map(Some)
+        };
+        let report = core::preprocess_unless(&options, &model, &mut on_progress, &mut find)?;
         Ok((report, why_not_fast))
     })?;
     let manifest = serde_json::to_string(&report.manifest).expect("plain data");

@@ -138,6 +138,22 @@ pub fn preprocess(
     model: &Model,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<Report> {
+    preprocess_unless(options, model, on_progress, &mut |_| Ok(None))
+}
+
+/// As [`preprocess`], for a dataset that goes elsewhere from its place, such as to object storage.
+///
+/// `elsewhere` is asked for the manifest of the dataset of a fingerprint, before work and again when the place is ours. If it
+/// has one that will do, it is the report's, and nothing is made; `path` is then only where the dataset would have been.
+///
+/// # Errors
+/// Those of [`preprocess`], and of `elsewhere`.
+pub fn preprocess_unless(
+    options: &Options,
+    model: &Model,
+    on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
+    elsewhere: &mut dyn FnMut(&str) -> Result<Option<Manifest>>,
+) -> Result<Report> {
     let start = Instant::now();
     if options.files.is_empty() {
         return Err(Error::new(ErrorKind::Argument, "expected at least one input file, found none"));
@@ -167,13 +183,17 @@ pub fn preprocess(
         is_reused: true,
         elapsed: start.elapsed(),
     };
+    let mut find = || match elsewhere(&fingerprint)? {
+        Some(manifest) if is_wanted(&manifest, options) => Ok(Some(manifest)),
+        _ => find_dataset(&target, &fingerprint, options),
+    };
     // Before the lock, so that a dataset can be used where nothing can be written.
-    if let Some(manifest) = find_dataset(&target, &fingerprint, options)? {
+    if let Some(manifest) = find()? {
         return Ok(found(manifest));
     }
     let progress = Progress { num_total_bytes: source.num_bytes(), ..Progress::default() };
     let staging = Staging::lock(&target, || on_progress(&progress))?;
-    if let Some(manifest) = find_dataset(&target, &fingerprint, options)? {
+    if let Some(manifest) = find()? {
         return Ok(found(manifest));
     }
 
@@ -336,6 +356,13 @@ fn recipe(options: &Options, model: &Model) -> Recipe {
     }
 }
 
+/// Whether a dataset of the wanted fingerprint will do. Made with `skip` and wanted with `raise`, it is made again, to find the
+/// wrong record and raise its error.
+fn is_wanted(manifest: &Manifest, options: &Options) -> bool {
+    let is_policy = |code: &String| ErrorKind::LEFT_OUT.iter().any(|kind| kind.code() == code);
+    options.on_error == OnError::Skip || manifest.rejected_by_reason.keys().all(is_policy)
+}
+
 /// The dataset in `target`, if it is the wanted one; an error if something else is there that must not be replaced.
 fn find_dataset(target: &Path, fingerprint: &str, options: &Options) -> Result<Option<Manifest>> {
     let refuse = |what: &str, hint: &str| Err(Error::new(ErrorKind::Dataset, what).with_path(target).with_hint(hint));
@@ -352,11 +379,7 @@ fn find_dataset(target: &Path, fingerprint: &str, options: &Options) -> Result<O
     let may_replace = matches!(options.place, Place::Cache(_) | Place::Directory { overwrite: true, .. });
     match Dataset::open(target) {
         Ok(dataset) if dataset.manifest().fingerprint == fingerprint => {
-            let manifest = dataset.manifest();
-            let is_policy = |code: &String| ErrorKind::LEFT_OUT.iter().any(|kind| kind.code() == code);
-            // Made with `skip` and wanted with `raise`, it is made again, to find the wrong record and raise its error.
-            let is_wanted = options.on_error == OnError::Skip || manifest.rejected_by_reason.keys().all(is_policy);
-            Ok(is_wanted.then(|| manifest.clone()))
+            Ok(is_wanted(dataset.manifest(), options).then(|| dataset.manifest().clone()))
         }
         _ if may_replace => match stranger {
             None => Ok(None),
