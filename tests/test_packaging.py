@@ -17,7 +17,22 @@ from packaging.requirements import Requirement
 import sft_fast
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = {"arrow", "datasets", "demo", "dev", "docs", "gcs", "parquet", "report", "s3", "tracking", "train"}
+EXTRAS = {
+    *(
+        "arrow",
+        "datasets",
+        "demo",
+        "dev",
+        "docs",
+        "gcs",
+        "parquet",
+        "quantization",
+        "report",
+        "s3",
+        "tracking",
+        "train",
+    ),
+}
 
 
 def distributions(name: str, seen: set[str]) -> Iterator[importlib.metadata.Distribution]:

@@ -90,6 +90,10 @@ class ModelArguments:
     adapter_name_or_path: str | None = None
     """Directory of LoRA adapters, as PEFT saves them, to go on training. It replaces the other `lora_*` keys."""
 
+    quantization: Literal["nf4", "int8", "none"] | None = None
+    """Weights in 4 bits (QLoRA) or 8 bits under adapters, by bitsandbytes: not with ZeRO-3 or `fsdp2_train`. What is
+    exported is not quantised. Ours."""
+
     resize_vocab: bool = False
     """Gives the model the embeddings that it lacks where its tokenizer has more ids: tokens were added to it."""
 
@@ -428,6 +432,7 @@ class SFTConfig:
         model.additional_target = _names(model.additional_target)
         if isinstance(model.lora_target, str) and re.fullmatch(r"[\w.\s-]+(,[\w.\s-]+)+", model.lora_target):
             model.lora_target = _names(model.lora_target)
+        model.quantization = None if model.quantization == "none" else model.quantization
         if model.compile and model.gradient_checkpointing == "selective":
             raise ConfigError(
                 "a compiler decides itself which results of a layer it keeps, so checkpointing cannot be selective",

@@ -79,7 +79,8 @@ class TrainState:
         "dtype": "sft_train.model_args.dtype",
         "strategy_name": "sft_train.strategy_args.strategy_name",
         "zero_stage": "sft_train.strategy_args.strategy_config.zero_optimization.stage",
-        "adapters": "sft_train.model_args.lora_target, lora_rank, additional_target, adapter_name_or_path",
+        "adapters": "sft_train.model_args.lora_target, lora_rank, additional_target, adapter_name_or_path, "
+        "quantization",
     }
 
     @property
@@ -90,7 +91,7 @@ class TrainState:
     @property
     def adapters(self) -> list[Any]:
         """Which adapters there are, and of which shape."""
-        names = ("lora_target", "lora_rank", "additional_target", "adapter_name_or_path")
+        names = ("lora_target", "lora_rank", "additional_target", "adapter_name_or_path", "quantization")
         return [self.model_args.get(name) for name in names]
 
 

@@ -11,6 +11,7 @@ import io
 import shutil
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def write_model(
     pretrain: str,
     model_files: str,
     output_dir: str,
+    seed: int,
 ) -> None:
     """Writes a model directory. What `output_dir` held before is replaced when the new one is complete.
 
@@ -63,6 +65,7 @@ def write_model(
         pretrain: directory of the model that adapters are merged into.
         model_files: directory whose tokenizer files are copied.
         output_dir: where the model goes.
+        seed: of the run: with adapters, embeddings that `resize_vocab` added are drawn again.
 
     Raises:
         FileError: `output_dir` is a file, or holds something that is no model.
@@ -77,7 +80,7 @@ def write_model(
     dtype = DTYPES[arguments.dtype]
     weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     if arguments.has_adapters:
-        model = _with_adapters(weights, arguments, pretrain, config).merge_and_unload()
+        model = _with_adapters(weights, arguments, pretrain, config, seed).merge_and_unload()
         weights = dict(model.state_dict())
     else:
         with torch.device("meta"):
@@ -118,7 +121,7 @@ def export_checkpoint(checkpoint: str, output_dir: str, *, adapters_only: bool =
     if adapters_only:
         _write_adapters(weights, arguments, load_config(files), found, output_dir)
     else:
-        write_model(weights, arguments, load_config(files), found.state.pretrain, files, output_dir)
+        write_model(weights, arguments, load_config(files), found.state.pretrain, files, output_dir, found.state.seed)
 
 
 def _write_adapters(
@@ -134,7 +137,7 @@ def _write_adapters(
     target = Path(output_dir)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileError("expected a new or empty directory", path=output_dir)
-    model = _with_adapters(weights, arguments, checkpoint.state.pretrain, config)
+    model = _with_adapters(weights, arguments, checkpoint.state.pretrain, config, checkpoint.state.seed)
     staging = target.with_name(f"{target.name}.staging-{uuid.uuid4().hex[:8]}")
     try:
         model.save_pretrained(staging)
@@ -170,12 +173,23 @@ def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
 
 
 def _with_adapters(
-    weights: Mapping[str, torch.Tensor], arguments: ModelArguments, pretrain: str, config: PretrainedConfig
+    weights: Mapping[str, torch.Tensor],
+    arguments: ModelArguments,
+    pretrain: str,
+    config: PretrainedConfig,
+    seed: int,
 ) -> Any:
     """The model of `pretrain` with the adapters among `weights`, in PEFT's wrapper."""
-    model: Any = load_model(pretrain, arguments, vocab_size=config.vocab_size)
+    model: Any = load_model(pretrain, replace(arguments, quantization=None), vocab_size=config.vocab_size, seed=seed)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained <= set(weights):
         raise TrainError(f"the checkpoint lacks adapters, such as {min(trained - set(weights))}", code="checkpoint")
-    model.load_state_dict(dict(weights), strict=False)
+    # What was quantised is left out: the adapters are merged into the model as it was.
+    own = model.state_dict()
+    whole = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name in own and tensor.is_floating_point() and tensor.shape == own[name].shape
+    }
+    model.load_state_dict(whole, strict=False)
     return model

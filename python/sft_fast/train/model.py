@@ -23,6 +23,7 @@ from sft_fast.train import attention
 from sft_fast.train.compiled import between_compiled, compile_layers, running_as_written
 from sft_fast.train.loss import attach_loss, head_transform
 from sft_fast.train.memory import checkpoint_layers, offload_activations
+from sft_fast.train.quantization import quantization_config, settle_quantised
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -191,6 +192,7 @@ def load_model(path: str, model_args: Any, *, seed: int = 0, vocab_size: int = 0
     config = load_config(path, model_args.model_config_kwargs)
     attention.register(model_args.attn_implementation, adapt=between_compiled if model_args.compile else None)
     transformers_logging.disable_progress_bar()
+    quantized = quantization_config(model_args.quantization, DTYPES[model_args.dtype])
     torch.manual_seed(seed)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -199,9 +201,12 @@ def load_model(path: str, model_args: Any, *, seed: int = 0, vocab_size: int = 0
             dtype=DTYPES[model_args.dtype],
             attn_implementation=attention.NAME,
             local_files_only=Path(path).is_dir(),
+            **({} if quantized is None else {"quantization_config": quantized}),
         )
     except Exception as error:
         raise ConfigError(f"cannot load the model: {_first_line(error)}", path=str(path), code="model") from error
+    if quantized is not None:
+        settle_quantised(model)
     if model_args.resize_vocab and vocab_size > int(model.get_input_embeddings().num_embeddings):
         # New rows are drawn around the mean of the others.
         model.resize_token_embeddings(vocab_size)

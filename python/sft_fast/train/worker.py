@@ -296,7 +296,8 @@ class SFTWorker:
         weights = self._strategy.gather_weights()
         if weights is not None:
             pretrain, arguments = self._config.pretrain, self._config.sft_train.model_args
-            write_model(weights, arguments, self._strategy.model.hf_model.config, pretrain, pretrain, output_dir)
+            config = self._strategy.model.hf_model.config
+            write_model(weights, arguments, config, pretrain, pretrain, output_dir, self._config.seed)
 
     def close(self) -> None:
         """Stops the prefetching and leaves the other ranks."""

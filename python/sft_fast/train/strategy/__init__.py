@@ -57,8 +57,34 @@ def check_strategy(config: Any) -> int:
     check_strategy_name(name)
     if name == "fsdp2_train":
         make_fsdp2_settings(config)
-        return 0
-    return int(make_deepspeed_config(config)["zero_optimization"]["stage"])
+        zero_stage = 0
+    else:
+        zero_stage = int(make_deepspeed_config(config)["zero_optimization"]["stage"])
+    _check_quantization(config, zero_stage)
+    return zero_stage
+
+
+def _check_quantization(config: Any, zero_stage: int) -> None:
+    """Raises `ConfigError` where the rest of the configuration cannot go with `quantization`, by the reason."""
+    arguments = config.sft_train.model_args
+    if arguments.quantization is None:
+        return
+    if not arguments.has_adapters:
+        reason, hint = "a weight in 4 or 8 bits has no gradient", "set lora_target: all-linear, which trains adapters"
+    elif zero_stage == 3:
+        reason = "ZeRO-3 splits every weight over the ranks, and a quantised one cannot be split"
+        hint = "use stage 1 or 2: a quantised model takes a quarter of the memory, and adapters need little state"
+    elif config.sft_train.strategy_args.strategy_name == "fsdp2_train":
+        reason = "fsdp2_train splits every weight over the ranks, and a quantised one cannot be split"
+        hint = "use strategy_name: deepspeed_train with stage 1 or 2"
+    else:
+        return
+    raise ConfigError(
+        f"quantization is not possible here: {reason}",
+        code="quantization",
+        location="sft_train.model_args.quantization",
+        hint=hint,
+    )
 
 
 def check_strategy_name(name: str) -> None:
