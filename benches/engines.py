@@ -10,7 +10,6 @@ environment of their own (`build/bench/engines`), which the first run makes; our
 import json
 import os
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -167,12 +166,18 @@ def tiktoken_encode(tiktoken: Any, tokenizer: Any) -> Any:
     return lambda texts: [encoding.encode_to_numpy(text, allowed_special="all") for text in texts], flat
 
 
+def peak_bytes() -> int:
+    """The most memory that this process had. (`ru_maxrss` also counts what its parent had when it started this one.)"""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+
+
 def child(name: str, model: str, texts_path: str, ids_path: str) -> None:
     """Measures one wheel in this process; prints what `benches/engine.rs` prints."""
     import numpy as np
 
     texts = [part.decode() for part in read_parts(Path(texts_path), 1)]
-    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_before = peak_bytes()
     start = time.process_time()
     encode, read = load_wheel(name, Path(model))
     encode(["a"])
@@ -181,7 +186,7 @@ def child(name: str, model: str, texts_path: str, ids_path: str) -> None:
         start = time.process_time()
         result = encode(texts)
         seconds.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     measured = dict(zip(("load", "cold", "warm"), seconds, strict=True))
     num_bytes = sum(len(text.encode()) for text in texts)
     print(json.dumps({**measured, "num_bytes": num_bytes, "peak": peak, "peak_before": peak_before}))

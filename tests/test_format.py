@@ -136,6 +136,21 @@ def test_a_token_costs_little(tmp_path: Path, vocab_size: int, most_bytes: float
     assert (directory / "shard-00000.safetensors").stat().st_size < most_bytes * 250 * 400
 
 
+def test_shards_grow(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Shard k takes at most (k + 1) 2^19 tokens and is closed no earlier than it has to be, whoever writes the dataset."""
+    answer = "".join(chr(97 + number % 26) + " 0" for number in range(600))
+    records = [{"instruction": "x", "output": answer[: 1 + number % 1200]} for number in range(4000)]
+    dataset = make_dataset(tmp_path, tokenizer_dir, records, sequence_length=4096)
+    made = sft_fast.Dataset.from_arrow(dataset.to_arrow(), tmp_path / "made")
+
+    longest = dataset.manifest["sample_tokens"]["max"]
+    shards = [shard["num_tokens"] for shard in dataset.manifest["shards"]]
+    assert len(shards) > 1
+    assert all(num_tokens <= (number + 1) << 19 for number, num_tokens in enumerate(shards))
+    assert all(num_tokens > ((number + 1) << 19) - longest for number, num_tokens in enumerate(shards[:-1]))
+    assert [shard["num_tokens"] for shard in made.manifest["shards"]] == shards
+
+
 MANIFEST_DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "another format": lambda manifest: manifest.update(format="something else"),
     "a later version": lambda manifest: manifest.update(format_version=4),

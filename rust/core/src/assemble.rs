@@ -12,12 +12,9 @@ use crate::manifest::{
     DATASET_FORMAT, FORMAT_VERSION, Manifest, Occupant, REJECTED_NAME, Recipe, SEGMENTS_NAME, Segment, Source,
     SourceInfo, quantiles, shard_name,
 };
-use crate::shard::write::{ShardIndex, ShardWriter};
+use crate::shard::write::{ShardIndex, ShardWriter, max_tokens};
 use crate::shard::{ShardInfo, TokenType};
 use crate::staging::Staging;
-
-/// A shard is closed before it would hold more tokens: 128 MiB of 4-byte ids.
-const MAX_SHARD_TOKENS: usize = 1 << 25;
 
 /// What a dataset of given samples is told about them; see the manifest.
 #[derive(Clone, Debug)]
@@ -134,7 +131,8 @@ impl Assembler {
         hasher.update(bytemuck::cast_slice(ids));
         hasher.update(bytemuck::cast_slice(mask));
 
-        if self.shard.1.num_tokens() + ids.len() > MAX_SHARD_TOKENS {
+        let num_tokens = self.shard.1.num_tokens();
+        if num_tokens > 0 && num_tokens + ids.len() > max_tokens(self.shards.len()) as usize {
             let next = new_shard(&self.directory, self.shards.len() + 1, self.token_type)?;
             let full = std::mem::replace(&mut self.shard, next);
             self.shards.push(finish_shard(full)?);

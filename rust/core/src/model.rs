@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::hash::{sha256, sha256_of_file};
+use crate::hash::sha256;
 use crate::template::{self, ChatTemplate, DateTime};
 use crate::tokenize::frame::TextFrame;
 use crate::tokenize::{self, Tokenizer};
@@ -38,8 +38,8 @@ impl Model {
             Some(date) => date.parse()?,
             None => DateTime::now().to_string()[.."2026-01-31".len()].parse()?,
         };
-        let tokenizer = tokenize::load(directory)?;
-        let tokenizer_sha256 = sha256_of_file(&directory.join("tokenizer.json"))?;
+        let (path, json) = tokenize::read(directory)?;
+        let tokenizer = tokenize::load(&json, &path)?;
         let (name, source, special_tokens) = template::load(directory, template)?;
         let special = |name: &str| special_tokens.iter().find(|(key, _)| key == name).map(|(_, token)| &**token);
         let pad_token_id = [special("pad_token"), special("eos_token")]
@@ -47,16 +47,16 @@ impl Model {
             .flatten()
             .find_map(|token| tokenizer.token_to_id(token))
             .unwrap_or(0);
-        let path = directory.join("tokenizer.json");
-        let json = std::fs::read(&path).map_err(|error| Error::io("read", &path, &error))?;
-        let text_frame = TextFrame::new(&json, special("eos_token"))
+        let text_frame = tokenizer
+            .post_processor()
+            .and_then(|post_processor| TextFrame::new(post_processor, special("eos_token")))
             .map_err(|message| Error::new(ErrorKind::Tokenizer, message).with_path(&path))?;
         let canonical = serde_json::to_vec(&(&source, &special_tokens)).expect("plain data");
         let template_sha256 = sha256(&canonical);
         Ok(Self {
             directory: directory.into(),
             tokenizer,
-            tokenizer_sha256,
+            tokenizer_sha256: sha256(&json),
             template_name: template.into(),
             template: ChatTemplate::compile(&name, &source, &special_tokens)?.with_clock(clock),
             template_sha256,

@@ -11,7 +11,7 @@ use pyo3::types::PyDict;
 use sft_fast_core::conversation::{FieldMapping, Shape};
 use sft_fast_core::manifest::{MANIFEST_NAME, Manifest, Source};
 use sft_fast_core::model::Model;
-use sft_fast_core::preprocess::{self as core, Duplicates, MAX_SHARD_TOKENS, OnError, Options, Place};
+use sft_fast_core::preprocess::{self as core, Duplicates, OnError, Options, Place};
 use sft_fast_core::sample::TooLong;
 
 use crate::error::detached;
@@ -101,11 +101,10 @@ pub fn preprocess(
         },
         num_threads,
         chunk_bytes,
-        max_shard_tokens: max_shard_tokens.unwrap_or(MAX_SHARD_TOKENS),
+        max_shard_tokens,
     };
-    let (report, why_not_fast) = detached(py, |call| {
-        let model = Model::load(&tokenizer, &template, template_date.as_deref())?;
-        let why_not_fast = model.tokenizer.why_not_fast().map(str::to_owned);
+    let report = detached(py, |call| {
+        let load = || Model::load(&tokenizer, &template, template_date.as_deref());
         let call = RefCell::new(call);
         let mut on_progress = |state: &core::Progress| {
             call.borrow_mut()(&|py| {
@@ -134,10 +133,9 @@ pub fn preprocess(
             let value = serde_json::from_str(&json).unwrap_or_default(); // null is no manifest
             Manifest::of_json(value, Path::new(MANIFEST_NAME)).map(Some)
         };
-        let report = core::preprocess_unless(&options, &model, &mut on_progress, &mut find)?;
-        Ok((report, why_not_fast))
+        core::preprocess_unless(&options, load, &mut on_progress, &mut find)
     })?;
     let manifest = serde_json::to_string(&report.manifest).expect("plain data");
     let seconds = report.elapsed.as_secs_f64();
-    Ok((report.path, manifest, report.is_reused, report.num_reused_samples, seconds, why_not_fast))
+    Ok((report.path, manifest, report.is_reused, report.num_reused_samples, seconds, report.why_not_fast))
 }

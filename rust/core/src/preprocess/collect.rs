@@ -7,16 +7,16 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
+use super::Progress;
 use super::duplicates::Seen;
 use super::schedule::{Job, Schedule};
 use super::worker::{Batch, Event, SegmentResult};
-use super::{Options, Progress};
 use crate::conversation::ShapeCounts;
 use crate::error::{Error, ErrorKind, Position, Result};
 use crate::listing::{Listing, ListingInfo};
 use crate::manifest::{REJECTED_NAME, SEGMENTS_NAME, Segment, SourceInfo, quantiles, shard_name};
 use crate::sampler::Tally;
-use crate::shard::write::{ShardIndex, ShardWriter};
+use crate::shard::write::{ShardIndex, ShardWriter, max_tokens};
 use crate::shard::{ShardInfo, TokenType};
 use crate::source::Source;
 
@@ -49,14 +49,15 @@ impl Counts {
 struct OpenShard {
     writer: Arc<ShardWriter>,
     index: ShardIndex,
+    max_tokens: usize,
     /// Stores that were ordered and are not done.
     num_stores: usize,
     is_full: bool,
 }
 
 /// Takes what the threads did, puts it in order and tells them where it goes.
-pub struct Collector<'a> {
-    options: &'a Options,
+pub struct Collector {
+    max_shard_tokens: Option<u32>,
     directory: PathBuf,
     counts: Counts,
     /// Batches that came before their turn.
@@ -79,11 +80,16 @@ pub struct Collector<'a> {
     num_unlisted: u64,
 }
 
-impl<'a> Collector<'a> {
+impl Collector {
     /// A collector that writes into `directory`.
-    pub fn new(directory: &Path, files: Vec<SourceInfo>, options: &'a Options, token_type: TokenType) -> Result<Self> {
+    pub fn new(
+        directory: &Path,
+        files: Vec<SourceInfo>,
+        max_shard_tokens: Option<u32>,
+        token_type: TokenType,
+    ) -> Result<Self> {
         Ok(Self {
-            options,
+            max_shard_tokens,
             directory: directory.into(),
             counts: Counts { files, ..Counts::default() },
             waiting: BTreeMap::new(),
@@ -159,9 +165,8 @@ impl<'a> Collector<'a> {
                     .with_path(Path::new(&self.counts.files[batch.file as usize].path))
                     .with_hint("split the file")
             })?;
-            let max_tokens = self.options.max_shard_tokens as usize;
             let mut shard = self.open_shard()?;
-            let would_overflow = shard.index.num_tokens() + sample.num_tokens as usize > max_tokens;
+            let would_overflow = shard.index.num_tokens() + sample.num_tokens as usize > shard.max_tokens;
             if would_overflow && shard.index.num_samples() > 0 {
                 let rest = ids.split_off(num_placed);
                 self.store(ids, schedule);
@@ -237,7 +242,9 @@ impl<'a> Collector<'a> {
             let number = self.shards.len();
             let writer = ShardWriter::create(&self.directory, shard_name(number), self.token_type)?;
             let index = ShardIndex::default();
-            self.open.insert(number, OpenShard { writer: writer.into(), index, num_stores: 0, is_full: false });
+            let max_tokens = self.max_shard_tokens.unwrap_or_else(|| max_tokens(number)) as usize;
+            let shard = OpenShard { writer: writer.into(), index, max_tokens, num_stores: 0, is_full: false };
+            self.open.insert(number, shard);
             self.shards.push(None);
         }
         Ok(self.open.last_entry().expect("one is open").into_mut())

@@ -13,6 +13,7 @@ mod worker;
 
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -85,12 +86,9 @@ pub struct Options {
     pub num_threads: Option<NonZero<usize>>,
     /// About how much of the input a thread takes at a time; `None`: by the size of the input. Never changes the output.
     pub chunk_bytes: Option<usize>,
-    /// A shard is closed before it would hold more tokens.
-    pub max_shard_tokens: u32,
+    /// A shard is closed before it would hold more tokens; `None`: [`max_tokens`](crate::shard::write::max_tokens).
+    pub max_shard_tokens: Option<u32>,
 }
-
-/// Tokens of a full shard: 128 MiB of 4-byte ids.
-pub const MAX_SHARD_TOKENS: u32 = 1 << 25;
 
 /// How far the work is. Counts are of what is finished, in the order of the input.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -122,23 +120,27 @@ pub struct Report {
     pub is_reused: bool,
     /// Samples that were taken from an older dataset, since their part of the input did not change.
     pub num_reused_samples: u64,
+    /// Why the reference tokenizer was taken, where it was.
+    pub why_not_fast: Option<String>,
     /// Wall time.
     pub elapsed: Duration,
 }
 
 /// Makes the dataset that `options` describe, unless it is there already.
 ///
-/// `on_progress` is called about ten times a second; an error from it stops the work.
+/// `load` gives the model; it works while the input is hashed. `on_progress` is called about ten times a second; an error from
+/// it stops the work.
 ///
 /// # Errors
-/// The first wrong record in the order of the input, with its place, if `on_error` is [`OnError::Raise`]; samples that are
-/// too long or have nothing to learn are counted, never raised. Whatever the error, nothing half-written is left.
+/// What `load` says. The first wrong record in the order of the input, with its place, if `on_error` is
+/// [`OnError::Raise`]; samples that are too long or have nothing to learn are counted, never raised. Whatever the error,
+/// nothing half-written is left.
 pub fn preprocess(
     options: &Options,
-    model: &Model,
+    load: impl FnOnce() -> Result<Model> + Send,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<Report> {
-    preprocess_unless(options, model, on_progress, &mut |_| Ok(None))
+    preprocess_unless(options, load, on_progress, &mut |_| Ok(None))
 }
 
 /// As [`preprocess`], for a dataset that goes elsewhere from its place, such as to object storage.
@@ -150,7 +152,7 @@ pub fn preprocess(
 /// Those of [`preprocess`], and of `elsewhere`.
 pub fn preprocess_unless(
     options: &Options,
-    model: &Model,
+    load: impl FnOnce() -> Result<Model> + Send,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
     elsewhere: &mut dyn FnMut(&str) -> Result<Option<Manifest>>,
 ) -> Result<Report> {
@@ -168,9 +170,10 @@ pub fn preprocess_unless(
         return Err(Error::new(ErrorKind::Argument, message));
     }
     let num_threads = num_threads(options)?;
-    let source = open(options, num_threads, on_progress)?.with_names(options.file_names.as_deref());
+    let (model, source) = open(load, options, num_threads, on_progress)?;
+    model.tokenizer.expect_bytes(source.num_bytes());
     let files = (0..source.num_files()).map(|number| file_info(&source, number)).collect::<Vec<_>>();
-    let recipe = recipe(options, model);
+    let recipe = recipe(options, &model);
     let fingerprint = recipe.fingerprint(&files);
     let target = match &options.place {
         Place::Directory { path, .. } => path.clone(),
@@ -181,6 +184,7 @@ pub fn preprocess_unless(
         num_reused_samples: manifest.num_samples,
         manifest,
         is_reused: true,
+        why_not_fast: model.tokenizer.why_not_fast().map(str::to_owned),
         elapsed: start.elapsed(),
     };
     let mut find = || match elsewhere(&fingerprint)? {
@@ -198,14 +202,18 @@ pub fn preprocess_unless(
     }
 
     let directory = staging.create()?;
-    let collector =
-        Collector::new(directory, files.clone(), options, TokenType::for_vocab(model.tokenizer.vocab_size()))?;
+    let collector = Collector::new(
+        directory,
+        files.clone(),
+        options.max_shard_tokens,
+        TokenType::for_vocab(model.tokenizer.vocab_size()),
+    )?;
     let reuse = Reuse::find(&options.place, &recipe);
     let sources = options
         .sources
         .clone()
         .unwrap_or_else(|| files.iter().map(|file| SourceName { name: file.path.clone(), num_files: 1 }).collect());
-    let counts = encode(options, num_threads, model, &source, &reuse, collector, on_progress)?;
+    let counts = encode(options, num_threads, &model, &source, &reuse, collector, on_progress)?;
     let manifest = Manifest {
         format: DATASET_FORMAT.into(),
         format_version: FORMAT_VERSION,
@@ -241,7 +249,7 @@ pub fn preprocess_unless(
     manifest.write(directory)?;
     staging.publish()?;
     let num_reused_samples = counts.num_reused_samples;
-    Ok(Report { path: target, manifest, is_reused: false, num_reused_samples, elapsed: start.elapsed() })
+    Ok(Report { num_reused_samples, is_reused: false, ..found(manifest) })
 }
 
 /// Runs the threads; the calling one collects.
@@ -251,7 +259,7 @@ fn encode(
     model: &Model,
     source: &Source,
     reuse: &Reuse,
-    mut collector: Collector<'_>,
+    mut collector: Collector,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<collect::Counts> {
     let schedule = Schedule::new(4 * num_threads as u64);
@@ -300,18 +308,34 @@ fn num_threads(options: &Options) -> Result<usize> {
     }
 }
 
-/// Opens the input and hashes it, since a dataset is found by content.
-fn open(options: &Options, num_threads: usize, on_progress: &mut dyn FnMut(&Progress) -> Result<()>) -> Result<Source> {
+/// Loads the model and, at the same time, opens the input and hashes it, since a dataset is found by content. An error of the
+/// model goes first, and does not wait for the input.
+fn open(
+    load: impl FnOnce() -> Result<Model> + Send,
+    options: &Options,
+    num_threads: usize,
+    on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
+) -> Result<(Model, Source)> {
+    let has_failed = AtomicBool::new(false);
     let mut progress = Progress { is_hashing: true, ..Progress::default() };
     let mut last = Instant::now();
-    Source::open(&options.files, chunk_bytes(options, num_threads), num_threads, |num_bytes, num_total_bytes| {
+    let on_bytes = |num_bytes, num_total_bytes| {
         progress.num_bytes += num_bytes;
         progress.num_total_bytes = num_total_bytes;
+        if has_failed.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Tokenizer, "expected a model, found none"));
+        }
         if last.elapsed() < PROGRESS_INTERVAL {
             return Ok(());
         }
         last = Instant::now();
         on_progress(&progress)
+    };
+    std::thread::scope(|scope| {
+        let model = scope.spawn(|| load().inspect_err(|_| has_failed.store(true, Ordering::Relaxed)));
+        let source = Source::open(&options.files, chunk_bytes(options, num_threads), num_threads, on_bytes);
+        let model = model.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok((model, source?.with_names(options.file_names.as_deref())))
     })
 }
 
@@ -446,6 +470,10 @@ mod tests {
             None
         }
 
+        fn post_processor(&self) -> std::result::Result<Option<tokenizers::PostProcessorWrapper>, String> {
+            Ok(None)
+        }
+
         fn control_tokens(&self) -> &ControlTokens {
             &self.0
         }
@@ -483,12 +511,12 @@ mod tests {
         }
     }
 
-    /// Preprocesses 1,000 records, the one in the middle with `odd` for an answer, on three threads.
-    fn run(directory: &Path, odd: &str) -> Result<Report> {
+    /// 1,000 records, the one in the middle with `odd` for an answer, for three threads.
+    fn options(directory: &Path, odd: &str) -> Options {
         let record = |answer: &str| format!("{{\"instruction\": \"a\", \"output\": \"{answer}\"}}\n");
         let path = directory.join("data.jsonl");
         std::fs::write(&path, [record("b").repeat(500), record(odd), record("b").repeat(499)].concat()).unwrap();
-        let options = Options {
+        Options {
             files: vec![path],
             file_names: None,
             sources: None,
@@ -502,9 +530,12 @@ mod tests {
             on_error: OnError::Raise,
             num_threads: NonZero::new(3),
             chunk_bytes: Some(64),
-            max_shard_tokens: 1000,
-        };
-        preprocess(&options, &model(), &mut |_| Ok(()))
+            max_shard_tokens: Some(1000),
+        }
+    }
+
+    fn run(directory: &Path, odd: &str) -> Result<Report> {
+        preprocess(&options(directory, odd), || Ok(model()), &mut |_| Ok(()))
     }
 
     fn names(directory: &Path) -> Vec<String> {
@@ -512,6 +543,18 @@ mod tests {
         let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
+    }
+
+    // A model that can't be loaded is the error, whatever is wrong with the input, and the input is not read to its end.
+    #[test]
+    fn the_model_goes_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut options = options(directory.path(), "y");
+        options.files.push(directory.path().join("missing.jsonl"));
+        let found = preprocess(&options, || Err(Error::new(ErrorKind::Tokenizer, "no")), &mut |_| Ok(()));
+        assert_eq!(ErrorKind::Tokenizer, found.unwrap_err().kind());
+        let found = preprocess(&options, || Ok(model()), &mut |_| Ok(()));
+        assert_eq!(ErrorKind::Io, found.unwrap_err().kind());
     }
 
     // A thread that panics ends the work, instead of leaving the others to wait for its chunk; nothing is left of it.

@@ -17,6 +17,14 @@ use crate::hash::sha256_of_file;
 /// Where the tokens begin: behind the header, at the beginning of a page.
 const TOKENS_START: u64 = 4096;
 
+/// Shard `number` (from 0) is closed before it would hold more tokens. The first are small, since a shard is hashed by one
+/// thread, and while the last is hashed there is nothing else to do; the largest take 128 MiB of 4-byte ids.
+pub fn max_tokens(number: usize) -> u32 {
+    const STEP: u32 = 1 << 19;
+    const LARGEST: u32 = 1 << 25;
+    LARGEST.min(STEP.saturating_mul(number.saturating_add(1).try_into().unwrap_or(u32::MAX)))
+}
+
 /// The file of a shard, shared by the threads that write its tokens.
 #[derive(Debug)]
 pub struct ShardWriter {

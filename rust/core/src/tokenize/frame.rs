@@ -4,7 +4,6 @@
 //! The reference is a call of the tokenizer in `transformers` 5, where the post-processor of `tokenizer.json` alone decides:
 //! `add_bos_token` and `add_eos_token` of `tokenizer_config.json` count only for tokenizers without such a file.
 
-use serde::Deserialize;
 use tokenizers::{Encoding, PostProcessor, PostProcessorWrapper, Token};
 
 /// The frame of plain text.
@@ -22,18 +21,13 @@ pub struct TextFrame {
 const TEXT: u32 = u32::MAX;
 
 impl TextFrame {
-    /// The frame by the post-processor in the content of a `tokenizer.json`, with `end` for the token that ends a text.
+    /// The frame by a tokenizer's post-processor, with `end` for the token that ends a text.
     ///
     /// # Errors
-    /// A message, where the post-processor can't be read.
-    pub fn new(tokenizer_json: &[u8], end: Option<&str>) -> Result<Self, String> {
+    /// A message, where the post-processor refuses a text.
+    pub fn new(post_processor: Option<PostProcessorWrapper>, end: Option<&str>) -> Result<Self, String> {
         let end = end.map(str::to_owned);
-        #[derive(Deserialize)]
-        struct Part {
-            post_processor: Option<PostProcessorWrapper>,
-        }
-        let part: Part = serde_json::from_slice(tokenizer_json).map_err(|error| error.to_string())?;
-        let Some(post_processor) = part.post_processor else { return Ok(Self { end, ..Self::default() }) };
+        let Some(post_processor) = post_processor else { return Ok(Self { end, ..Self::default() }) };
         let text = Encoding::from_tokens(vec![Token::new(TEXT, "a".into(), (0, 1))], 0);
         let framed = post_processor.process(text, None, true).map_err(|error| error.to_string())?;
         let mut parts = framed.get_ids().split(|&id| id == TEXT);
@@ -50,8 +44,7 @@ mod tests {
     #[test]
     fn the_frame_is_that_of_the_tokenizer() {
         let found = |post_processor: &str| {
-            let json = format!(r#"{{"version": "1.0", "model": {{}}, "post_processor": {post_processor}}}"#);
-            let frame = TextFrame::new(json.as_bytes(), Some("</s>")).unwrap();
+            let frame = TextFrame::new(serde_json::from_str(post_processor).unwrap(), Some("</s>")).unwrap();
             assert_eq!(Some("</s>"), frame.end.as_deref());
             (frame.before, frame.behind)
         };
@@ -64,6 +57,5 @@ mod tests {
         assert_eq!((vec![0], vec![1]), found(&format!(r#"{{"type": "Sequence", "processors": [{bytes}, {both}]}}"#)));
         assert_eq!((vec![], vec![]), found(bytes));
         assert_eq!((vec![], vec![]), found("null"));
-        assert!(TextFrame::new(br#"{"post_processor": {"type": "Unheard"}}"#, None).is_err());
     }
 }

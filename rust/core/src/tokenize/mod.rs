@@ -10,11 +10,12 @@ pub mod frame;
 pub mod reference;
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use control::{ControlTokens, Stretch};
 use fast::{FastTokenizer, Mark, Scratch};
 use reference::ReferenceTokenizer;
+use tokenizers::PostProcessorWrapper;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -23,11 +24,22 @@ pub trait Tokenizer: Send + Sync {
     /// A thread's own encoder.
     fn encoder(&self) -> Box<dyn Encode + '_>;
 
+    /// How much text the encoders that are made from now on will see, about: caches are made no larger than that is worth.
+    fn expect_bytes(&self, num_bytes: u64) {
+        let _ = num_bytes;
+    }
+
     /// One more than the largest token id.
     fn vocab_size(&self) -> u32;
 
     /// The id of a token by its text, added tokens included.
     fn token_to_id(&self, token: &str) -> Option<u32>;
+
+    /// What puts tokens around a text by itself.
+    ///
+    /// # Errors
+    /// A message, where it can't be read.
+    fn post_processor(&self) -> std::result::Result<Option<PostProcessorWrapper>, String>;
 
     /// The tokens that text of a record must not become.
     fn control_tokens(&self) -> &ControlTokens;
@@ -74,11 +86,11 @@ pub trait Encode {
     fn encode(&mut self, input: Input<'_>, tokens: &mut Tokens) -> Result<()>;
 }
 
-/// Loads `tokenizer.json` of a model directory.
+/// Reads `tokenizer.json` of a model directory: where it is, and its bytes.
 ///
 /// # Errors
-/// [`ErrorKind::Tokenizer`] where the directory or the file is missing or is no tokenizer.
-pub fn load(directory: &Path) -> Result<Box<dyn Tokenizer>> {
+/// [`ErrorKind::Tokenizer`] where the directory or the file is missing.
+pub fn read(directory: &Path) -> Result<(PathBuf, Vec<u8>)> {
     let path = directory.join("tokenizer.json");
     if !path.is_file() {
         let found = if directory.is_dir() { "a directory without one" } else { "no such directory" };
@@ -89,9 +101,17 @@ pub fn load(directory: &Path) -> Result<Box<dyn Tokenizer>> {
             ));
     }
     let json = std::fs::read(&path).map_err(|error| Error::io("read", &path, &error))?;
-    match FastTokenizer::from_json(&json) {
+    Ok((path, json))
+}
+
+/// The tokenizer of a `tokenizer.json`; `path` is for messages.
+///
+/// # Errors
+/// [`ErrorKind::Tokenizer`] where it is no tokenizer.
+pub fn load(json: &[u8], path: &Path) -> Result<Box<dyn Tokenizer>> {
+    match FastTokenizer::from_json(json) {
         Ok(tokenizer) => Ok(Box::new(tokenizer)),
-        Err(reason) => Ok(Box::new(ReferenceTokenizer::from_json(&json, &path, reason.to_string())?)),
+        Err(reason) => Ok(Box::new(ReferenceTokenizer::from_json(json, path, reason.to_string())?)),
     }
 }
 
@@ -101,12 +121,20 @@ impl Tokenizer for FastTokenizer {
         Box::new(FastEncoder { tokenizer: self, scratch: self.scratch(), places, marks })
     }
 
+    fn expect_bytes(&self, num_bytes: u64) {
+        self.expect_bytes(num_bytes);
+    }
+
     fn vocab_size(&self) -> u32 {
         self.vocab_size()
     }
 
     fn token_to_id(&self, token: &str) -> Option<u32> {
         self.token_to_id(token)
+    }
+
+    fn post_processor(&self) -> std::result::Result<Option<PostProcessorWrapper>, String> {
+        serde_json::from_value(self.post_processor().clone()).map_err(|error| error.to_string())
     }
 
     fn control_tokens(&self) -> &ControlTokens {

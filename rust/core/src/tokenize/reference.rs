@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use tokenizers::AddedToken;
+use tokenizers::{AddedToken, PostProcessorWrapper};
 
 use super::control::{ControlTokens, is_control};
 use super::{Encode, Input, Tokenizer, Tokens};
@@ -71,6 +71,10 @@ impl Tokenizer for ReferenceTokenizer {
 
     fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    fn post_processor(&self) -> std::result::Result<Option<PostProcessorWrapper>, String> {
+        Ok(self.inner.get_post_processor().cloned())
     }
 
     fn control_tokens(&self) -> &ControlTokens {

@@ -46,6 +46,11 @@ impl Lines {
         Self { memory, num_lines }
     }
 
+    /// How much memory it takes.
+    pub fn num_bytes(&self) -> usize {
+        self.num_lines * size_of::<Line>()
+    }
+
     /// How many lines there are, a power of two.
     pub fn len(&self) -> usize {
         self.num_lines

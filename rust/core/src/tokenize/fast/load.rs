@@ -54,6 +54,8 @@ pub struct Parts {
     pub lengths: Vec<u32>,
     /// Added tokens, and tokens of the model that no text can give, by name.
     pub named: HashMap<String, u32>,
+    /// As it stands in the file: it has no part in encoding a text.
+    pub post_processor: Value,
 }
 
 #[derive(Deserialize)]
@@ -114,11 +116,39 @@ struct Bpe<'a> {
 }
 
 /// A merge, as `"a b"` or as `["a", "b"]`.
-#[derive(Deserialize)]
-#[serde(untagged)]
 enum Merge<'a> {
-    Joined(#[serde(borrow)] Cow<'a, str>),
-    Pair(#[serde(borrow)] Cow<'a, str>, #[serde(borrow)] Cow<'a, str>),
+    Joined(Cow<'a, str>),
+    Pair(Cow<'a, str>, Cow<'a, str>),
+}
+
+/// By hand, since `untagged` copies each into a tree of values first.
+impl<'de: 'a, 'a> Deserialize<'de> for Merge<'a> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Merge<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a merge, \"a b\" or [\"a\", \"b\"]")
+            }
+            fn visit_borrowed_str<E: serde::de::Error>(self, joined: &'de str) -> std::result::Result<Self::Value, E> {
+                Ok(Merge::Joined(joined.into()))
+            }
+            fn visit_str<E: serde::de::Error>(self, joined: &str) -> std::result::Result<Self::Value, E> {
+                Ok(Merge::Joined(joined.to_owned().into()))
+            }
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(
+                self,
+                mut parts: A,
+            ) -> std::result::Result<Self::Value, A::Error> {
+                let mut next = || parts.next_element::<Text>().map(|text| text.map(|Text(text)| text));
+                match (next()?, next()?, next()?) {
+                    (Some(left), Some(right), None) => Ok(Merge::Pair(left, right)),
+                    _ => Err(serde::de::Error::custom("expected two tokens in a merge")),
+                }
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
 }
 
 /// Reads the bytes of a tokenizer.json.
@@ -157,7 +187,7 @@ pub fn load(json: &[u8]) -> Result<Parts> {
     }
 
     let alphabet = Alphabet::new();
-    let (vocab, mut lengths) = vocabulary(&model.vocab, &alphabet)?;
+    let Vocabulary { vocab, mut lengths, mut named } = vocabulary(&model.vocab, &alphabet)?;
     let pretokenizer = PreTokenizer::new(rules, table, Cuts::new(vocab.keys()));
     let merges = merge_ids(&model.merges, &vocab, &alphabet)?;
     let mut id_of_byte: [u32; 256] = std::array::from_fn(|byte| vocab.get(&[byte as u8]).unwrap_or(LEFT_OUT));
@@ -169,12 +199,6 @@ pub fn load(json: &[u8]) -> Result<Parts> {
         id_of_byte.iter_mut().filter(|id| **id == LEFT_OUT).for_each(|id| *id = unknown);
     }
     let merges = Merges::new(id_of_byte, &merges).map_err(NotUnderstood)?;
-    let mut named: HashMap<String, u32> = HashMap::new();
-    for (token, id) in &model.vocab {
-        if alphabet.decode(token, &mut Vec::new()).is_none() {
-            named.insert(token.to_string(), *id);
-        }
-    }
     let control: Vec<&JsonAddedToken> =
         file.added_tokens.iter().filter(|token| is_control(&token.content, token.special)).collect();
     // NFC makes these of other characters, so that a token could come of a text that does not spell it.
@@ -190,7 +214,19 @@ pub fn load(json: &[u8]) -> Result<Parts> {
     named.extend(added.iter().map(|(token, _)| (token.content.clone(), token.id)));
     let (raw_added, normalized_added) = finders(added, nfc.as_ref())?;
     let ignore_merges = model.ignore_merges == Some(true);
-    Ok(Parts { raw_added, normalized_added, control, nfc, pretokenizer, merges, vocab, ignore_merges, lengths, named })
+    Ok(Parts {
+        raw_added,
+        normalized_added,
+        control,
+        nfc,
+        pretokenizer,
+        merges,
+        vocab,
+        ignore_merges,
+        lengths,
+        named,
+        post_processor: file.post_processor,
+    })
 }
 
 fn type_of<'a>(part: &'a Value, place: &str) -> Result<&'a str> {
@@ -359,35 +395,55 @@ fn stages(all: &[Step]) -> Result<Vec<Stage>> {
 }
 
 /// The GPT-2 alphabet: each byte as a printable character. Bytes that are none stand in order from U+0100 on.
-pub struct Alphabet([u8; 68]);
+pub struct Alphabet {
+    /// By character; 256 where it is none of the alphabet.
+    bytes: [u16; 0x144],
+}
 
 impl Alphabet {
     pub fn new() -> Self {
-        let mut others = (0..=255).filter(|byte| !matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff));
-        Self(std::array::from_fn(|_| others.next().expect("68 bytes are no printable characters")))
+        let is_printable = |byte: &usize| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+        let mut others = (0..256).filter(|byte| !is_printable(byte));
+        let byte_of = |c| match c {
+            0x100.. => others.next().expect("68 bytes are no printable characters"),
+            _ if is_printable(&c) => c,
+            _ => 256,
+        };
+        let mut bytes = [256; 0x144];
+        bytes.iter_mut().zip((0..).map(byte_of)).for_each(|(byte, found)| *byte = found as u16);
+        Self { bytes }
     }
 
     /// The bytes that `token` stands for; `None` if a character is not of the alphabet.
     pub fn decode(&self, token: &str, out: &mut Vec<u8>) -> Option<()> {
+        out.reserve(token.len());
         for c in token.chars() {
-            out.push(match c {
-                '!'..='~' | '\u{a1}'..='\u{ac}' | '\u{ae}'..='\u{ff}' => c as u8,
-                '\u{100}'..='\u{143}' => self.0[c as usize - 0x100],
-                _ => return None,
-            });
+            out.push(u8::try_from(*self.bytes.get(c as usize)?).ok()?);
         }
         Some(())
     }
 }
 
-fn vocabulary(entries: &[(Cow<str>, u32)], alphabet: &Alphabet) -> Result<(Vocab, Vec<u32>)> {
+/// The tokens of the model; see [`Parts`].
+struct Vocabulary {
+    vocab: Vocab,
+    lengths: Vec<u32>,
+    /// Those that no text can give.
+    named: HashMap<String, u32>,
+}
+
+fn vocabulary(entries: &[(Cow<str>, u32)], alphabet: &Alphabet) -> Result<Vocabulary> {
     let mut vocab = Vocab::with_capacity(entries.len());
     let mut lengths = Vec::new();
+    let mut named = HashMap::new();
     let mut bytes = Vec::new();
     for (token, id) in entries {
         bytes.clear();
-        // A token with other characters can not come out of byte-level text.
-        if alphabet.decode(token, &mut bytes).is_none() || bytes.is_empty() {
+        if alphabet.decode(token, &mut bytes).is_none() {
+            named.insert(token.to_string(), *id);
+            continue;
+        }
+        if bytes.is_empty() {
             continue;
         }
         if *id >= 1 << 21 {
@@ -401,7 +457,7 @@ fn vocabulary(entries: &[(Cow<str>, u32)], alphabet: &Alphabet) -> Result<(Vocab
         }
         lengths[*id as usize] = bytes.len() as u32;
     }
-    Ok((vocab, lengths))
+    Ok(Vocabulary { vocab, lengths, named })
 }
 
 /// The token that stands for each byte that the vocabulary lacks (`byte` is one); without one they are left out.

@@ -34,24 +34,26 @@ use added::Piece;
 use cache::{Cache, Found, Key, MAX_IDS};
 use lines::Lines;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// The instruction set that the engine works with on this machine: `avx512`, `avx2`, `neon` or `plain`.
 pub fn instruction_set() -> &'static str {
     windows::Level::detect().name()
 }
 
-/// About how much memory the cache of short pretokens takes.
+/// About how much memory the cache of short pretokens takes, and how much where little text is expected: large pages have to
+/// be cleared at first touch, which for a small file would take longer than all else.
 const CACHE_BYTES: usize = 32 << 20;
+const MIN_CACHE_BYTES: u64 = 1 << 20;
 
 /// A byte-level BPE tokenizer.
 pub struct FastTokenizer {
     parts: load::Parts,
     /// Which tokenizer a scratch belongs to.
     number: u64,
-    /// What its threads have in common.
-    lines: Arc<Lines>,
+    /// What its threads have in common, once one works.
+    lines: Mutex<Option<Arc<Lines>>>,
 }
 
 /// What a thread keeps between texts: its part of the pretoken cache, and working memory.
@@ -126,7 +128,7 @@ impl FastTokenizer {
         Ok(Self {
             parts: load::load(json)?,
             number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
-            lines: Arc::new(Lines::new(CACHE_BYTES)),
+            lines: Mutex::default(),
         })
     }
 
@@ -146,6 +148,11 @@ impl FastTokenizer {
         })
     }
 
+    /// What puts tokens around a text, as tokenizer.json has it.
+    pub fn post_processor(&self) -> &serde_json::Value {
+        &self.parts.post_processor
+    }
+
     /// The tokens that text of a record must not become.
     pub fn control_tokens(&self) -> &ControlTokens {
         &self.parts.control
@@ -153,8 +160,18 @@ impl FastTokenizer {
 
     /// A scratch that shares what its thread learns with the others that were made here.
     pub fn scratch(&self) -> Scratch {
-        let cache = Some(Cache::new(self.lines.clone()));
-        Scratch { owner: self.number, cache, ..Scratch::default() }
+        let mut lines = self.lines.lock().expect("no thread panics while it holds the cache");
+        let lines = lines.get_or_insert_with(|| Arc::new(Lines::new(CACHE_BYTES)));
+        Scratch { owner: self.number, cache: Some(Cache::new(lines.clone())), ..Scratch::default() }
+    }
+
+    /// Sizes the cache that scratches share for so many bytes of text; it never becomes smaller.
+    pub fn expect_bytes(&self, num_bytes: u64) {
+        let wanted = (num_bytes / 4).clamp(MIN_CACHE_BYTES, CACHE_BYTES as u64) as usize;
+        let mut lines = self.lines.lock().expect("no thread panics while it holds the cache");
+        if lines.as_ref().is_none_or(|lines| lines.num_bytes() < wanted) {
+            *lines = Some(Arc::new(Lines::new(wanted)));
+        }
     }
 
     /// Appends the ids of `text` to `ids`.
