@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "cpu_features",
     "engine_level",
+    "plan_lengths",
     "preprocess",
     "samples_taken",
     "total_steps",
@@ -218,4 +219,7 @@ def engine_level() -> str:
 def samples_taken(num_samples: int, weight_millionths: int, max_samples: int | None = None) -> tuple[int, int, bool]:
     """Samples that are used at all, samples of an epoch, and whether all epochs take the same, of a source."""
 
+def plan_lengths(
+    lengths: NDArray[np.uint32], sequence_length: int, seed: int, epoch: int, num_rows_per_step: int
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32], Steps]: ...
 def total_steps(num_steps_per_epoch: int, num_epochs: float, max_steps: int | None = None) -> int: ...

@@ -70,7 +70,7 @@ pub fn epoch_samples(
 ) -> Result<Vec<u32>, PackError> {
     let mut members = vec![Vec::new(); shares.len()];
     for (sample, source) in sources.enumerate() {
-        members[source as usize].push(sample as u32);
+        members[source as usize].push(sample_number(sample)?);
     }
     let taken: Vec<Taken> =
         shares.iter().zip(&members).map(|(share, members)| share.of(members.len() as u64)).collect();
@@ -98,6 +98,11 @@ pub fn epoch_samples(
     Ok(samples)
 }
 
+/// Sample numbers are 32 bits wide, also where an epoch takes few of the samples.
+fn sample_number(sample: usize) -> Result<u32, PackError> {
+    u32::try_from(sample).map_err(|_| PackError::TooMany { num_samples: sample + 1 })
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::collection::vec;
@@ -113,6 +118,14 @@ mod tests {
         let mut uses = vec![0; num_samples];
         samples.iter().for_each(|&sample| uses[sample as usize] += 1);
         uses
+    }
+
+    /// A sample beyond what 32 bits can number is refused, and never taken for another one.
+    #[test]
+    fn numbers_do_not_wrap() {
+        let most = u32::MAX as usize;
+        assert_eq!(sample_number(most), Ok(u32::MAX));
+        assert_eq!(sample_number(most + 1), Err(PackError::TooMany { num_samples: most + 2 }));
     }
 
     proptest! {

@@ -114,6 +114,11 @@ impl Packing {
         self
     }
 
+    /// The flat arrays: where each pack begins in the sample numbers, and, last, how many these are; the sample numbers.
+    pub fn into_parts(self) -> (Vec<u32>, Vec<u32>) {
+        (self.offsets, self.samples)
+    }
+
     /// Tokens of all samples.
     pub fn num_tokens(&self) -> u64 {
         self.num_tokens

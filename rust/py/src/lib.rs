@@ -27,6 +27,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(preprocess::preprocess, module)?)?;
     module.add_function(wrap_pyfunction!(cpu::cpu_features, module)?)?;
     module.add_function(wrap_pyfunction!(cpu::engine_level, module)?)?;
+    module.add_function(wrap_pyfunction!(packing::plan_lengths, module)?)?;
     module.add_function(wrap_pyfunction!(packing::total_steps, module)?)?;
     module.add_function(wrap_pyfunction!(dataset::samples_taken, module)?)?;
     Ok(())

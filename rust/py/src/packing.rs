@@ -3,12 +3,12 @@
 use std::num::NonZero;
 use std::sync::Arc;
 
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadwriteArray2, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray2, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 use sft_fast_core::batch::{Arrays, Segments, fill};
 use sft_fast_core::dataset::Dataset;
-use sft_fast_core::pack::{PackError, Packing as CorePacking};
+use sft_fast_core::pack::{PackError, Packing as CorePacking, pack};
 use sft_fast_core::plan::{self, CostModel, StepPlanner, assign, imbalance, row_cost};
 use sft_fast_core::{Error, ErrorKind};
 
@@ -250,6 +250,30 @@ impl Steps {
         let result = py.detach(|| imbalance(&self.planner, &self.costs, world_size));
         (result.before, result.after)
     }
+}
+
+/// The plan of an epoch from lengths alone: (offsets of the packs uint32 [num_packs + 1], sample numbers uint32
+/// [num_samples], steps). It is the plan of a dataset with samples of these lengths.
+#[pyfunction]
+#[expect(clippy::type_complexity, reason = "a tuple for Python")]
+pub fn plan_lengths<'py>(
+    py: Python<'py>,
+    lengths: PyReadonlyArray1<'py, u32>,
+    sequence_length: u32,
+    seed: u64,
+    epoch: u64,
+    num_rows_per_step: NonZero<usize>,
+) -> PyResult<(Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<u32>>, Steps)> {
+    let lengths = lengths.as_slice().map_err(|_| PyValueError::new_err("expected a C-contiguous array"))?;
+    let made = py.detach(|| {
+        let packing = pack(lengths, sequence_length, seed, epoch)?;
+        let cost = |row: &[u32]| row_cost(row.iter().map(|&sample| lengths[sample as usize]), CostModel::REFERENCE);
+        let costs: Vec<u64> = packing.iter().map(cost).collect();
+        let planner = StepPlanner::new(&costs, num_rows_per_step, seed, epoch);
+        Ok((packing.into_parts(), Steps { costs, planner }))
+    });
+    let ((offsets, samples), steps) = made.map_err(|error| pack_error(py, &error))?;
+    Ok((PyArray1::from_vec(py, offsets), PyArray1::from_vec(py, samples), steps))
 }
 
 /// Steps of a run: `max_steps` if given, else `num_epochs` epochs, a part of a step counting as one.
