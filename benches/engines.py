@@ -167,7 +167,7 @@ def tiktoken_encode(tiktoken: Any, tokenizer: Any) -> Any:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process had. (`ru_maxrss` also counts what its parent had when it started this one.)"""
+    """The most memory that this process had; `ru_maxrss` also counts what its parent had when it started this one."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 

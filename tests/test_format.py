@@ -137,7 +137,7 @@ def test_a_token_costs_little(tmp_path: Path, vocab_size: int, most_bytes: float
 
 
 def test_shards_grow(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Shard k takes at most (k + 1) 2^19 tokens and is closed no earlier than it has to be, whoever writes the dataset."""
+    """Shard k takes at most (k + 1) 2^19 tokens and is closed no earlier than needed, whoever writes the dataset."""
     answer = "".join(chr(97 + number % 26) + " 0" for number in range(600))
     records = [{"instruction": "x", "output": answer[: 1 + number % 1200]} for number in range(4000)]
     dataset = make_dataset(tmp_path, tokenizer_dir, records, sequence_length=4096)
