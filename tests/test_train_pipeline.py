@@ -203,7 +203,11 @@ def test_metrics_reach_wandb(tmp_path: Path) -> None:
     tracker.finish()
 
     (kept,) = tmp_path.rglob("*.wandb")
-    assert all(name in kept.read_bytes() for name in (b"loss", b"learning_rate", b"seed"))
+    names = (b"loss", b"learning_rate", b"seed")
+    deadline = time.monotonic() + 60  # a process of its own writes the file, on a busy machine after `finish` returns
+    while not all(name in kept.read_bytes() for name in names) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert all(name in kept.read_bytes() for name in names)
 
 
 def test_metrics_reach_swanlab(tmp_path: Path) -> None:
