@@ -9,6 +9,8 @@ prints the numbers. docs/scale.md has the outcome.
 from __future__ import annotations
 
 import argparse
+import bisect
+import itertools
 import json
 import os
 import resource
@@ -24,7 +26,8 @@ from sft_fast import _core
 # Of a shard: bytes of a token with a large vocabulary (id and mask bit), and of a sample (offset, file and line).
 BYTES_PER_TOKEN = 4 + 1 / 8
 BYTES_PER_SAMPLE = 12
-TOKENS_PER_SHARD = 1 << 25
+# The first shard takes so many tokens, the second twice as many, and so on up to so many times.
+FIRST_SHARD_TOKENS, LARGEST_SHARD = 1 << 19, 64
 PAGE_BYTES = 4096
 DEVICES_PER_NODE = 8
 # Linux lets a process map so many files unless vm.max_map_count says otherwise.
@@ -198,6 +201,13 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024 if line else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def num_shards(num_tokens: int) -> int:
+    """How many shards hold so many tokens, if all but the last are full; docs/format.md."""
+    growing = list(itertools.accumulate(FIRST_SHARD_TOKENS * number for number in range(1, LARGEST_SHARD + 1)))
+    rest = max(0, num_tokens - growing[-1])
+    return bisect.bisect_left(growing, num_tokens - rest) + 1 + -(-rest // (FIRST_SHARD_TOKENS * LARGEST_SHARD))
+
+
 def sizes_of(num_samples: int, num_tokens: int, assumed: Assumptions) -> Sizes:
     """What the data set is on disk, and what it takes to make it."""
     text_bytes = num_tokens * assumed.text_bytes_per_token
@@ -207,7 +217,7 @@ def sizes_of(num_samples: int, num_tokens: int, assumed: Assumptions) -> Sizes:
     return Sizes(
         text_bytes=int(text_bytes),
         dataset_bytes=int(dataset_bytes),
-        num_shards=-(-num_tokens // TOKENS_PER_SHARD),
+        num_shards=num_shards(num_tokens),
         preprocess_hours=max(encoding, moving) / 3600,
     )
 
@@ -250,7 +260,7 @@ def limits(num_samples: int, num_tokens: int, node_memory_bytes: float, plan_byt
     """What such a size runs into, by the widths and bounds of the code and of Linux."""
     if num_samples > MAX_SAMPLES:
         yield f"sample numbers are 32 bits wide: more than {MAX_SAMPLES:,} samples are refused"
-    if -(-num_tokens // TOKENS_PER_SHARD) > MAX_MAPS:
+    if num_shards(num_tokens) > MAX_MAPS:
         yield f"each shard is mapped: more than {MAX_MAPS:,} need a larger vm.max_map_count"
     if plan_bytes > node_memory_bytes:
         yield f"the plans of the ranks of a node take {plan_bytes / 1e9:,.0f} GB"

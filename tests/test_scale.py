@@ -80,6 +80,15 @@ def test_the_plan_is_that_of_a_run(tokenizer_dir: Path, tmp_path: Path) -> None:
         _core.plan_lengths(dataset.lengths, 16, 42, 3, 4)
 
 
+def test_shards_are_those_of_preprocessing(scale: ModuleType, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """The simulation counts the shards that preprocessing writes."""
+    records = [{"instruction": "x", "output": "a 0" * (1 + number % 400)} for number in range(3000)]
+    manifest = make_dataset(tmp_path, tokenizer_dir, records, sequence_length=4096).manifest
+    assert len(manifest["shards"]) == scale.num_shards(manifest["num_tokens"]) > 1
+    assert scale.num_shards(1) == 1
+    assert scale.num_shards(10**12) == 64 + -(-(10**12 - (1 << 19) * 64 * 65 // 2) // (1 << 25))
+
+
 def test_limits_are_those_of_the_code(scale: ModuleType) -> None:
     """A size that fits has no limit; one beyond 32 bits of samples, or the maps of a process, has it named."""
     assert not list(scale.limits(10**8, 4 * 10**10, 1e12, 10**10))
