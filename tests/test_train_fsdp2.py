@@ -145,7 +145,6 @@ def test_a_whole_run_goes_through_it(workspace: Workspace, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"ulysses_size": 2}, "ulysses_size"),
         ({"param_dtype": "bfloat16"}, "param_dtype"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization"),
         ({"fsdp_size": 4}, "fsdp_size"),

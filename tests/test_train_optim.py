@@ -134,7 +134,7 @@ def settings_of(workspace: Workspace, strategy: dict[str, Any], **model: Any) ->
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
         ({"bf16": {"enabled": True}}, "bf16.enabled"),
         ({"fp16": {"enabled": True}}, "fp16.enabled"),
-        ({"tensor_parallel": {"autotp_size": 1}}, "tensor_parallel"),
+        ({"tensor_parallel": {"autotp_size": 1, "preset_model": "llama"}}, "tensor_parallel.preset_model"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage"),
     ],
 )

@@ -104,7 +104,7 @@ NOT_ACTED_ON: dict[str, dict[str, str]] = {
             ("device_map", "devices come from device_mapping"),
             ("gradient_checkpointing_use_reentrant", "checkpointing is never re-entrant"),
             ("moe_aux_loss_coef", "set router_aux_loss_coef in model_config_kwargs"),
-            ("ulysses_size", "sequence parallelism is not supported yet"),
+            ("ulysses_size", "say it in strategy_config: sequence_parallel_size, or ulysses_size of fsdp2_train"),
             *_group("the model is always a causal language model", "model_type num_labels"),
         ]
     ),

@@ -190,8 +190,10 @@ class StrategyArguments:
     """Training backend: `deepspeed_train`, or `fsdp2_train`, which is torch's own."""
 
     strategy_config: dict[str, Any] = field(default_factory=dict)
-    """Settings of that backend: a DeepSpeed configuration, which the groups `strategy/deepspeed_zero*` fill; for
-    `fsdp2_train`, `reshard_after_forward` (true: as ZeRO-3; false: as ZeRO-2) and `offload_policy` (true: the CPU)."""
+    """Settings of that backend: a DeepSpeed configuration, which the groups `strategy/deepspeed_zero*` fill, with
+    `tensor_parallel.autotp_size` (ranks that split weights) and `sequence_parallel_size` (ranks that split rows); for
+    `fsdp2_train`, `reshard_after_forward` (true: as ZeRO-3; false: as ZeRO-2), `offload_policy` (true: the CPU) and
+    `ulysses_size` (ranks that split rows)."""
 
 
 @dataclass(kw_only=True)
@@ -461,11 +463,14 @@ class SFTConfig:
                 location="early_stopping_patience",
                 hint="name files in validation.data_args.file_name, or set it to 0",
             )
-        if train.world_size % self.model_parallel_size:
+        size = self.tensor_parallel_size * self.sequence_parallel_size
+        if train.world_size % size:
+            key = "tensor_parallel.autotp_size" if self.tensor_parallel_size > 1 else self.sequence_parallel_key
             raise ConfigError(
-                f"{train.world_size} ranks cannot be split into groups of {self.model_parallel_size}",
+                f"{train.world_size} ranks cannot be split into groups of {size} (tensor parallel "
+                f"{self.tensor_parallel_size} x sequence parallel {self.sequence_parallel_size})",
                 code="parallel_size",
-                location="sft_train.strategy_args.strategy_config.tensor_parallel.autotp_size",
+                location=f"sft_train.strategy_args.strategy_config.{key}",
                 hint="the length of sft_train.device_mapping must be a multiple of it",
             )
 
@@ -524,16 +529,44 @@ class SFTConfig:
         }
 
     @property
-    def model_parallel_size(self) -> int:
-        """Ranks that share one model and read the same data: DeepSpeed's `tensor_parallel.autotp_size`."""
-        tensor_parallel = self.sft_train.strategy_args.strategy_config.get("tensor_parallel")
-        size = tensor_parallel.get("autotp_size") if isinstance(tensor_parallel, dict) else None
-        return size if isinstance(size, int) and size > 0 else 1
+    def tensor_parallel_size(self) -> int:
+        """Ranks that split each weight between them: DeepSpeed's `tensor_parallel.autotp_size`."""
+        return self._parallel_size("tensor_parallel.autotp_size")
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """Ranks that split each row between them: `sequence_parallel_size`, in `fsdp2_train` `ulysses_size`."""
+        return self._parallel_size(self.sequence_parallel_key)
 
     @property
     def data_parallel_size(self) -> int:
         """Ranks, or groups of them, that read different data."""
-        return self.sft_train.world_size // self.model_parallel_size
+        return self.sft_train.world_size // (self.tensor_parallel_size * self.sequence_parallel_size)
+
+    @property
+    def sequence_parallel_key(self) -> str:
+        """Where `strategy_config` says `sequence_parallel_size`."""
+        is_fsdp2 = self.sft_train.strategy_args.strategy_name == "fsdp2_train"
+        return "ulysses_size" if is_fsdp2 else "sequence_parallel_size"
+
+    def _parallel_size(self, key: str) -> int:
+        """A number of ranks in `strategy_config`; 1 where there is none.
+
+        Raises:
+            ConfigError: it is no number of ranks.
+        """
+        value: Any = self.sft_train.strategy_args.strategy_config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value in (None, 0, "auto"):
+            return 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(
+                f"expected a number of ranks, found {value!r}",
+                code="parallel_size",
+                location=f"sft_train.strategy_args.strategy_config.{key}",
+            )
+        return value
 
     @property
     def num_rows_per_step(self) -> int:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from sft_fast.errors import ConfigError, TrainError
+from sft_fast.train.ulysses import all_heads, all_tokens
 
 NAME = "sft_fast_per_sample"
 
@@ -63,6 +64,7 @@ def per_sample_attention(
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
     segment_lengths: Sequence[int] | None = None,
+    sequence_group: Any = None,
     implementation: str = "auto",
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -81,6 +83,8 @@ def per_sample_attention(
         cu_seqlens: int32 `[num_segments + 1]` on the device of `query`, from 0 to T.
         max_seqlen: tokens of the longest segment.
         segment_lengths: the differences of `cu_seqlens` as plain integers, so that no device is waited for.
+        sequence_group: ranks that hold a slice of the row each, in order; None where this rank has all of it. `T` is
+            then the tokens of this rank, and the segments are those of the whole row.
         implementation: see `register`.
         **arguments: what else the model passes along.
 
@@ -104,18 +108,36 @@ def per_sample_attention(
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = _Rule(dropout, scaling, sliding_window, softcap or None)
+    if sequence_group is None:
+        return _attend_row(query, key, value, cu_seqlens, max_seqlen, segment_lengths, rule, implementation), None
+    num_heads = query.shape[1]
+    query, key, value = (all_tokens(tensor, sequence_group, num_heads) for tensor in (query, key, value))
+    output = _attend_row(query, key, value, cu_seqlens, max_seqlen, segment_lengths, rule, implementation)
+    return all_heads(output.transpose(1, 2), sequence_group).transpose(1, 2), None
 
+
+def _attend_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    segment_lengths: Sequence[int],
+    rule: _Rule,
+    implementation: str,
+) -> torch.Tensor:
+    """One row of whole segments through the kernel for it; see `per_sample_attention`."""
     kernel = _varlen_kernel(query, rule, implementation)
     if kernel is not None:
         # The kernels want tokens before heads; a view, since that is the order that the projections made.
         tokens = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-        return kernel(*tokens, cu_seqlens, max_seqlen, rule).unsqueeze(0), None
+        return kernel(*tokens, cu_seqlens, max_seqlen, rule).unsqueeze(0)
 
     attend = _attend_in_steps if rule.softcap or implementation == "eager" else _attend
     # `split`, not slices: its backward is one concatenation, where each slice would write a whole gradient of zeros.
     lengths = list(segment_lengths)
     segments = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([attend(q, k, v, rule).transpose(1, 2) for q, k, v in segments], dim=1), None
+    return torch.cat([attend(q, k, v, rule).transpose(1, 2) for q, k, v in segments], dim=1)
 
 
 @dataclass(frozen=True)

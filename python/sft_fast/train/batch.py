@@ -28,6 +28,8 @@ class MicroBatch:
     max_seqlen: int
     label_positions: torch.Tensor  # int64 [n]: places in the row whose next token is trained on
     targets: torch.Tensor  # int64 [n]: those next tokens
+    # Of a slice (see `ulysses.py`), its first position in the row. Segments are those of the whole row.
+    first_token: int = 0
 
     @property
     def num_label_tokens(self) -> int:

@@ -64,6 +64,7 @@ class TrainState:
     val_loss: float | None = None  # of the validation after this very step, where there was one
     num_skipped_steps: int = 0  # steps so far whose loss or gradient was not finite
     mix: list[list[int | None]] = dataclasses.field(default_factory=list)  # of the sources, where an epoch is not all
+    tensor_parallel_size: int = 1  # ranks that split each weight between them
     num_evals_without_gain: int = 0  # validations since one that was better by more than the threshold
 
     # Which samples each step has, and what the saved weights are, is decided by these: a run may not change them on the

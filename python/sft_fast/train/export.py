@@ -22,6 +22,7 @@ from sft_fast.config import ModelArguments
 from sft_fast.errors import ConfigError, FileError, TrainError
 from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, Checkpoint, read_checkpoint
 from sft_fast.train.model import DTYPES, load_config, load_model
+from sft_fast.train.strategy.universal import read_universal_weights
 
 # What belongs to a model besides its weights and its config.json; copied as it is.
 _COMPANIONS = (
@@ -154,6 +155,8 @@ def _read_weights(checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
         from sft_fast.train.strategy.fsdp2 import read_weights
 
         return read_weights(checkpoint.path / CLUSTER_NAME)
+    if checkpoint.state.tensor_parallel_size > 1:
+        return read_universal_weights(checkpoint.path / CLUSTER_NAME)
     if checkpoint.state.zero_stage < 3:
         # One file has them all, in the precision of the run.
         path = checkpoint.path / CLUSTER_NAME / "mp_rank_00_model_states.pt"

@@ -257,12 +257,10 @@ class TrainLoop:
         first = reports[0]
         slowest = max(report.step_seconds for report in reports)
         forward = [report.forward_seconds for report in reports]
-        # Ranks that share one model have the same part of the loss: it counts once.
-        loss = sum(report.loss for report in reports) / self._config.model_parallel_size
         return StepMetrics(
             step=first.step,
             epoch=first.epoch,
-            loss=loss,
+            loss=sum(report.loss for report in reports),
             val_loss=val_losses.pop("val_loss", None),
             val_loss_by_source=val_losses,
             learning_rate=first.learning_rate,
@@ -287,8 +285,7 @@ class TrainLoop:
         peaks = [report.peak_tflops for report in reports if report.peak_tflops is not None]
         if len(peaks) < len(reports):
             return None
-        flops = sum(report.flops for report in reports) / self._config.model_parallel_size
-        return flops / step_seconds / (sum(peaks) * 1e12)
+        return sum(report.flops for report in reports) / step_seconds / (sum(peaks) * 1e12)
 
 
 def _is_due(step: int, every: int, is_last: bool) -> bool:

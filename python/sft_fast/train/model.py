@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sft_fast.errors import ConfigError, TokenizerError, TrainError
 from sft_fast.train import attention
+from sft_fast.train.batch import IGNORED_LABEL, make_micro_batch
 from sft_fast.train.compiled import between_compiled, compile_layers, running_as_written
 from sft_fast.train.loss import attach_loss, head_transform
 from sft_fast.train.memory import checkpoint_layers, offload_activations
 from sft_fast.train.quantization import quantization_config, settle_quantised
+from sft_fast.train.ulysses import slice_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +57,7 @@ class SFTModel(nn.Module):
         self.model = model
         self._label_smoothing, self._neftune_alpha = label_smoothing, neftune_alpha
         self._offloads_activations = offloads_activations
+        self.sequence_group: Any = None  # ranks that hold a slice of each row; set by a strategy that slices them
         hf = self.hf_model
         scale, softcap = head_transform(hf.config)
         attach_loss(output_layer(hf), scale=scale, softcap=softcap)
@@ -73,6 +77,7 @@ class SFTModel(nn.Module):
         max_seqlen: int,
         label_positions: torch.Tensor,
         targets: torch.Tensor,
+        first_token: int = 0,
         factor: float = 1.0,
     ) -> torch.Tensor:
         """float32 scalar: `factor` times the summed cross-entropy of the label tokens (see `MicroBatch`)."""
@@ -80,7 +85,8 @@ class SFTModel(nn.Module):
         tokens = {"input_ids": input_ids}
         if self.training and self._neftune_alpha:
             embedded = hf.get_input_embeddings()(input_ids)
-            tokens = {"inputs_embeds": embedded + neftune_noise(embedded, segment_lengths, self._neftune_alpha)}
+            noise = neftune_noise(embedded, segment_lengths, self._neftune_alpha, first_token)
+            tokens = {"inputs_embeds": embedded + noise}
         # Not the head: its gradients are taken in its forward pass, and wanted at once.
         with offload_activations() if self._offloads_activations else contextlib.nullcontext():
             hidden = hf.base_model(
@@ -91,6 +97,7 @@ class SFTModel(nn.Module):
                 cu_seqlens=cu_seqlens,
                 segment_lengths=segment_lengths,
                 max_seqlen=max_seqlen,
+                **({} if self.sequence_group is None else {"sequence_group": self.sequence_group}),
             )[0]
         # Only positions with a label go through the head, which costs as much as several layers. An empty selection
         # still makes a graph, so that a rank without labels takes part in the backward pass.
@@ -100,18 +107,22 @@ class SFTModel(nn.Module):
         return loss
 
 
-def neftune_noise(embedded: torch.Tensor, segment_lengths: tuple[int, ...], alpha: float) -> torch.Tensor:
+def neftune_noise(
+    embedded: torch.Tensor, segment_lengths: tuple[int, ...], alpha: float, first_token: int = 0
+) -> torch.Tensor:
     """Noise for the embeddings of one row of samples: uniform within `alpha / sqrt(length * hidden_size)` of zero.
 
     The length is that of each token's own sample, as if it were alone (Jain et al., arXiv 2310.05914).
 
     Args:
-        embedded: float `[1, T, hidden_size]`.
-        segment_lengths: tokens of each sample; they add up to `T`.
+        embedded: float `[1, T, hidden_size]`, of a row or of a slice of it.
+        segment_lengths: tokens of each sample of the row.
         alpha: strength.
+        first_token: where in the row the slice begins.
     """
     lengths = torch.tensor(segment_lengths, dtype=torch.float32)
     reach = (alpha / (lengths * embedded.shape[-1]).sqrt()).repeat_interleave(torch.tensor(segment_lengths))
+    reach = reach[first_token : first_token + embedded.shape[1]]
     noise = torch.zeros_like(embedded).uniform_(-1, 1)
     return noise * reach.to(device=embedded.device, dtype=embedded.dtype)[None, :, None]
 
@@ -279,26 +290,31 @@ def check_model(model: SFTModel, device: torch.device) -> None:
     vocab_size = int(hf.get_input_embeddings().num_embeddings)
     generator = torch.Generator().manual_seed(0)
     lengths = (5, 7)
-    ids = torch.randint(vocab_size, (1, sum(lengths)), generator=generator).to(device)
-    last = [sum(lengths[: i + 1]) - 1 for i in range(len(lengths))]
-    label_positions = torch.tensor([p for p in range(sum(lengths)) if p not in last], device=device)
+    ids = torch.randint(vocab_size, (1, sum(lengths)), generator=generator)
+    labels = torch.cat([ids[0, 1:], ids.new_full((1,), IGNORED_LABEL)])
+    labels[[sum(lengths[: i + 1]) - 1 for i in range(len(lengths))]] = IGNORED_LABEL
+    batch = make_micro_batch(
+        {
+            "input_ids": ids.numpy(),
+            "labels": labels.numpy(),
+            "position_ids": torch.cat([torch.arange(n) for n in lengths]).numpy(),
+            "cu_seqlens": [0, lengths[0], sum(lengths)],
+        }
+    )
+    group = model.sequence_group
+    if group is not None:
+        batch = slice_of(batch, dist.get_rank(group), dist.get_world_size(group))
 
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), running_as_written(hf):
-            packed = model(
-                input_ids=ids,
-                position_ids=torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device),
-                cu_seqlens=torch.tensor([0, *(p + 1 for p in last)], dtype=torch.int32, device=device),
-                segment_lengths=lengths,
-                max_seqlen=max(lengths),
-                label_positions=label_positions,
-                targets=ids[0, label_positions + 1],
-            )
+            packed = model(**batch.to(device).arguments())
+            if group is not None:
+                dist.all_reduce(packed, group=group)
             with plain_attention(hf):
-                alone = ids.new_zeros((), dtype=torch.float32)
-                for sample in torch.split(ids, list(lengths), dim=1):
+                alone = torch.zeros((), device=device)
+                for sample in torch.split(ids.to(device), list(lengths), dim=1):
                     logits = hf(input_ids=sample, use_cache=False).logits[0, :-1].float()
                     alone += nn.functional.cross_entropy(logits, sample[0, 1:], reduction="sum")
     except (TypeError, TrainError) as error:

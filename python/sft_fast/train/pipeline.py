@@ -73,6 +73,11 @@ class SFTPipeline:
         """
         self._zero_stage = check_strategy(config)
         _check_model_directory(config.pretrain)
+        if config.tensor_parallel_size * config.sequence_parallel_size > 1:
+            from sft_fast.train.model import load_config
+            from sft_fast.train.strategy.layout import check_layout
+
+            check_layout(config, load_config(config.pretrain, config.sft_train.model_args.model_config_kwargs))
         self._config = config
         self._use_ray = use_ray
         self._run_directory = Path(config.logging_dir) / config.exp_name
@@ -190,11 +195,14 @@ class SFTPipeline:
         """The directory to load (None for a fresh start), and whether it was converted for this number of ranks."""
         config = self._config
         is_for_any = config.sft_train.strategy_args.strategy_name == "fsdp2_train"
-        if resumed is None or is_for_any or resumed.state.world_size == config.sft_train.world_size:
+        now = (config.sft_train.world_size, config.tensor_parallel_size)
+        if resumed is None or is_for_any or now == (resumed.state.world_size, resumed.state.tensor_parallel_size):
             yield None if resumed is None else str(resumed.path), False
             return
         progress.note(
-            f"converting the checkpoint of {resumed.state.world_size} ranks for {config.sft_train.world_size}"
+            "converting the checkpoint of "
+            + _layout(resumed.state.world_size, resumed.state.tensor_parallel_size)
+            + f" for {_layout(*now)}"
         )
         converted = staging_directory(config.output_dir, resumed.state.step)
         try:
@@ -234,6 +242,7 @@ class SFTPipeline:
             run_id=uuid.uuid4().hex,
             best_val_loss=None,
             world_size=config.sft_train.world_size,
+            tensor_parallel_size=config.tensor_parallel_size,
             strategy_name=config.sft_train.strategy_args.strategy_name,
             zero_stage=self._zero_stage,
             pretrain=os.path.abspath(config.pretrain),
@@ -281,6 +290,11 @@ def _state_after(resumed: Checkpoint, initial: TrainState) -> TrainState:
         num_skipped_steps=done.num_skipped_steps,
         num_evals_without_gain=done.num_evals_without_gain,
     )
+
+
+def _layout(world_size: int, tensor_parallel_size: int) -> str:
+    split = f" with weights split over {tensor_parallel_size}" if tensor_parallel_size > 1 else ""
+    return f"{world_size} ranks{split}"
 
 
 def _check_model_directory(path: str) -> None:

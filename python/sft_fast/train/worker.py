@@ -31,6 +31,7 @@ from sft_fast.train.optim import learning_rate_schedule
 from sft_fast.train.plan import train_stream, validation_stream
 from sft_fast.train.strategy import RankInfo, TrainStrategy, create_strategy
 from sft_fast.train.timing import ProfileWindow, peak_memory_bytes
+from sft_fast.train.ulysses import slice_of
 
 if TYPE_CHECKING:
     from sft_fast import Source
@@ -49,14 +50,14 @@ class TrainStepReport:
 
     step: int  # steps done with this one
     epoch: float  # epochs done with this step
-    loss: float  # this rank's share: the sum over data-parallel ranks is the loss
+    loss: float  # this rank's share: the sum over all ranks is the loss
     learning_rate: float
     grad_norm: float  # before clipping
     is_skipped: bool  # the gradient was not finite, and no weight was changed
     num_tokens: int  # of the global batch
     num_label_tokens: int  # of the global batch
     num_rows: int  # of the global batch
-    flops: float  # operations that this rank's samples need
+    flops: float  # this rank's share of the operations that the samples need
     step_seconds: float
     data_wait_seconds: float  # part of it in which the next micro-batch was not ready
     forward_seconds: float
@@ -122,7 +123,6 @@ class SFTWorker:
         self._strategy = create_strategy(config, rank)
         self._strategy.initialize(self._load_model)
         check_model(self._strategy.model, self._strategy.device)
-        self._flops = ModelFlops.of(self._strategy.model.hf_model)
         self._peak_tflops = self._find_peak()
         trace = Path(config.logging_dir, config.exp_name, "profile", f"rank-{rank.rank}.json")
         self._profile = ProfileWindow(config.profile_first_step, config.profile_num_steps, trace)
@@ -144,6 +144,7 @@ class SFTWorker:
             neftune_alpha=arguments.neftune_noise_alpha,
             offloads_activations=config.sft_train.model_args.offload_activations,
         )
+        self._flops = ModelFlops.of(model.hf_model)  # before any weight of it is cut
         vocab_size = int(model.hf_model.get_input_embeddings().num_embeddings)
         if self._stream.dataset.vocab_size > vocab_size:
             raise ConfigError(
@@ -172,7 +173,9 @@ class SFTWorker:
         start = time.perf_counter()
         self._profile.before(step + 1)
         # Random numbers (dropout) depend on the seed, the step and the rank alone: nothing to save, nothing to restore.
-        torch.manual_seed(_seed_of(self._config.seed, step, self._rank.rank))
+        # Ranks that compute the same tokens with parts of the weights draw the same.
+        size = self._config.tensor_parallel_size
+        torch.manual_seed(_seed_of(self._config.seed, step, self._rank.rank // size))
         batches = _StepBatches(self._batches_from(step), step + 1, self._flops)
         plan = batches.plan
         learning_rate = self._learning_rate(step + 1)
@@ -193,7 +196,7 @@ class SFTWorker:
             num_tokens=plan.num_tokens,
             num_label_tokens=plan.num_label_tokens,
             num_rows=plan.num_rows,
-            flops=batches.flops,
+            flops=batches.flops / self._config.tensor_parallel_size,
             step_seconds=time.perf_counter() - start,
             data_wait_seconds=batches.wait_seconds,
             forward_seconds=result.forward_seconds,
@@ -321,11 +324,12 @@ class SFTWorker:
     def _read(self, stream: StepStream, step: int, rows_per_micro_batch: int) -> Iterator[tuple[StepPlan, MicroBatch]]:
         """This rank's micro-batches from `step` to the end of `stream`, each with the plan of its step."""
         rank, size = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
+        part, num_parts = self._strategy.sequence_parallel_rank, self._config.sequence_parallel_size
         pin = self._strategy.device.type == "cuda"
         for number in range(step, stream.num_steps):
             plan = stream.step(number, rank=rank, world_size=size, rows_per_micro_batch=rows_per_micro_batch)
             for index in range(len(plan.micro_batches)):
-                batch = make_micro_batch(stream.batch(plan, index))
+                batch = slice_of(make_micro_batch(stream.batch(plan, index)), part, num_parts)
                 yield plan, batch.pin() if pin else batch
 
 
@@ -345,7 +349,10 @@ class _StepBatches:
         start = time.perf_counter()
         plan, batch = next(self._prefetcher)
         self.wait_seconds += time.perf_counter() - start
-        self.flops += self._model_flops.of_batch(batch.segment_lengths, batch.num_label_tokens)
+        # Of a slice of a row: its share of the whole row, and its own labels.
+        share = batch.input_ids.shape[1] / sum(batch.segment_lengths)
+        self.flops += share * self._model_flops.of_batch(batch.segment_lengths, 0)
+        self.flops += self._model_flops.of_batch((), batch.num_label_tokens)
         return plan, batch
 
     def __iter__(self) -> Iterator[MicroBatch]:

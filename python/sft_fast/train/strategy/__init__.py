@@ -18,10 +18,12 @@ _EQUIVALENTS = {
     "megatron_train": (
         "write strategy_name: deepspeed_train and\n"
         "  strategy_config.zero_optimization.stage: 1   for use_distributed_optimizer\n"
-        "  strategy_config.zero_optimization.stage: 3   to split the weights, as tensor and pipeline parallel do\n"
+        "  strategy_config.tensor_parallel.autotp_size: N   for tensor_model_parallel_size\n"
+        "  strategy_config.sequence_parallel_size: N   for context_parallel_size\n"
+        "  strategy_config.zero_optimization.stage: 3   to split the weights, as pipeline parallel does\n"
         "  strategy_config.zero_optimization.offload_optimizer: {device: cpu}   for optimizer_cpu_offload\n"
         "  model_args.gradient_checkpointing: full or selective   for recompute_granularity\n"
-        "and leave out *_model_parallel_size, sequence_parallel and context_parallel_size"
+        "and leave out the other *_parallel_size, and sequence_parallel"
     ),
 }
 

@@ -31,7 +31,7 @@ class RankInfo:
 class StepResult:
     """What one rank knows after a training step."""
 
-    loss: float  # this rank's share: the shares of all ranks that read different data add up to the loss
+    loss: float  # this rank's share: the shares of all ranks add up to the loss
     grad_norm: float  # of the whole gradient, before clipping; the same on every rank
     forward_seconds: float
     backward_seconds: float  # what the ranks exchange meanwhile is part of it
@@ -53,6 +53,11 @@ class TrainStrategy(abc.ABC):
     @abc.abstractmethod
     def data_parallel_size(self) -> int:
         """Number of ranks, or groups of them, that read different data."""
+
+    @property
+    @abc.abstractmethod
+    def sequence_parallel_rank(self) -> int:
+        """Which slice of each row this rank computes; 0 where rows are whole."""
 
     @property
     @abc.abstractmethod

@@ -28,7 +28,8 @@ from sft_fast.train.model import SFTModel
 from sft_fast.train.optim import make_optimizer
 from sft_fast.train.strategy.base import RankInfo, StepResult, TrainStrategy
 from sft_fast.train.strategy.deepspeed_config import make_deepspeed_config
-from sft_fast.train.strategy.process_group import announce, backend_of, collective_timeout
+from sft_fast.train.strategy.layout import autotp_partition
+from sft_fast.train.strategy.process_group import announce, backend_of, collective_timeout, make_sequence_group
 from sft_fast.train.timing import StepTimer
 
 # On a CPU, DeepSpeed would compile a shared-memory operator at every start (a minute, and a compiler); gloo does the
@@ -44,6 +45,7 @@ class DeepSpeedStrategy(TrainStrategy):
         self._config = config
         self._rank = rank
         self._settings = make_deepspeed_config(config)
+        self._num_tensor, self._num_sequence = int(config.tensor_parallel_size), int(config.sequence_parallel_size)
         self._engine: Any = None
         self._optimizer: Any = None
         self.device = torch.device(rank.device, 0) if rank.device == "cuda" else torch.device(rank.device)
@@ -51,12 +53,17 @@ class DeepSpeedStrategy(TrainStrategy):
     @property
     @override
     def data_parallel_rank(self) -> int:
-        return self._rank.rank // int(self._config.model_parallel_size)
+        return self._rank.rank // self._num_tensor // self._num_sequence
 
     @property
     @override
     def data_parallel_size(self) -> int:
         return int(self._config.data_parallel_size)
+
+    @property
+    @override
+    def sequence_parallel_rank(self) -> int:
+        return self._rank.rank // self._num_tensor % self._num_sequence
 
     @property
     def zero_stage(self) -> int:
@@ -68,6 +75,12 @@ class DeepSpeedStrategy(TrainStrategy):
         self._join()
         with self._partitioned_loading():
             model = load_model()
+        model.sequence_group = make_sequence_group(self._num_tensor, self._num_sequence)
+        if self._num_tensor > 1:
+            self._settings["tensor_parallel"] |= {
+                "partition_config": autotp_partition(model.hf_model.config),
+                "vocab_parallel_lm_head": False,
+            }
         arguments = self._config.sft_train.training_args
         self._optimizer = make_optimizer(model, arguments)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints the memory, again and again
@@ -77,8 +90,11 @@ class DeepSpeedStrategy(TrainStrategy):
 
     @contextlib.contextmanager
     def _partitioned_loading(self) -> Iterator[None]:
-        """At stage 3, transformers splits each weight over the ranks as it is read, so that no rank holds the model."""
-        if self.zero_stage < 3:
+        """At stage 3, transformers splits each weight over the ranks as it is read, so that no rank holds the model.
+
+        Not with tensor parallel: there the model is cut first, and its parts split over fewer ranks than all.
+        """
+        if self.zero_stage < 3 or self._num_tensor > 1:
             yield
             return
         told = HfDeepSpeedConfig(self._settings)  # transformers keeps a weak reference and looks at it while it loads
@@ -111,8 +127,9 @@ class DeepSpeedStrategy(TrainStrategy):
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         # DeepSpeed divides by the configured number of micro-batches, whatever the number of this step, and takes the
-        # mean over the ranks. Multiplied by both, the gradient is the sum again.
-        weight = self.data_parallel_size * engine.gradient_accumulation_steps()
+        # mean over the ranks that have different tokens: other samples, or other slices of them. Multiplied by both,
+        # the gradient is the sum again.
+        weight = self._rank.world_size // self._num_tensor * engine.gradient_accumulation_steps()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         timer = StepTimer(self.device)
         for index, batch in enumerate(batches):
@@ -127,7 +144,8 @@ class DeepSpeedStrategy(TrainStrategy):
             engine.step()
         # A gradient that is not finite makes the norm so, which all ranks share; then DeepSpeed changes nothing.
         grad_norm = float(engine.get_global_grad_norm())
-        loss_share = total.item() / weight  # waits for the device
+        # Ranks that share weights have the same tokens. Asking for the value waits for the device.
+        loss_share = total.item() / weight / self._num_tensor
         return StepResult(
             loss=loss_share,
             grad_norm=grad_norm,
@@ -192,7 +210,7 @@ class DeepSpeedStrategy(TrainStrategy):
 
     @override
     def gather_weights(self) -> dict[str, Any] | None:
-        if self.zero_stage == 3:
+        if self.zero_stage == 3 or self._num_tensor > 1:
             weights = self._engine._consolidated_16bit_state_dict()
         else:
             weights = self._engine.module.state_dict()
@@ -205,6 +223,7 @@ class DeepSpeedStrategy(TrainStrategy):
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
+            deepspeed.utils.groups.mpu = None  # the next engine would take it for its own
 
 
 class _CopyingEngine(TorchCheckpointEngine):  # type: ignore[misc]

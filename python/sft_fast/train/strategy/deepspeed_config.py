@@ -30,8 +30,6 @@ _UNSUPPORTED = {
     "data_efficiency": "the order of the samples is planned here",
     "curriculum_learning": "the order of the samples is planned here",
     "compression_training": "it replaces layers of the model",
-    "sequence_parallel_size": "sequence parallelism is not supported yet",
-    "tensor_parallel": "tensor parallelism is not supported yet; zero_optimization.stage: 3 also splits the weights",
     "expert_parallel": "expert parallelism is not supported yet",
     "autotuning": "it starts runs of its own",
     "elasticity": "it changes the global batch",
@@ -57,6 +55,7 @@ def make_deepspeed_config(config: Any) -> dict[str, Any]:
         if value not in (None, False, {}, 1) and not (isinstance(value, dict) and value.get("enabled") is False):
             raise _refusal(key, reason)
         settings.pop(key, None)
+    _check_parallel(settings, config.tensor_parallel_size)
     _check_precision(settings, config.sft_train.model_args.dtype)
 
     zero = settings.setdefault("zero_optimization", {})
@@ -89,6 +88,20 @@ def make_deepspeed_config(config: Any) -> dict[str, Any]:
     # Gradients of many micro-batches are added up: in bfloat16 the small ones would be lost.
     settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return settings
+
+
+def _check_parallel(settings: dict[str, Any], tensor_parallel_size: int) -> None:
+    """Leaves of the layout what is DeepSpeed's to do, in one form: `tensor_parallel.autotp_size`, where it is not 1."""
+    # Slices of rows are cut here (`ulysses.py`). To DeepSpeed, which is not told, they are ranks with other data.
+    settings.pop("sequence_parallel_size", None)
+    tensor_parallel = settings.pop("tensor_parallel", None) or {}
+    if not isinstance(tensor_parallel, dict):
+        raise _refusal("tensor_parallel", "expected a group of keys, of which autotp_size is one")
+    for key in tensor_parallel:
+        if key != "autotp_size":
+            raise _refusal(f"tensor_parallel.{key}", "which weights are split is read from the model")
+    if tensor_parallel_size > 1:
+        settings["tensor_parallel"] = {"autotp_size": tensor_parallel_size}
 
 
 def _check_precision(settings: dict[str, Any], dtype: str) -> None:

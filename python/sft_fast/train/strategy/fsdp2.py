@@ -28,7 +28,7 @@ from sft_fast.train.model import DTYPES, SFTModel
 from sft_fast.train.optim import make_optimizer
 from sft_fast.train.strategy.base import RankInfo, StepResult, TrainStrategy
 from sft_fast.train.strategy.fsdp2_config import make_fsdp2_settings
-from sft_fast.train.strategy.process_group import announce, backend_of, collective_timeout
+from sft_fast.train.strategy.process_group import announce, backend_of, collective_timeout, make_sequence_group
 from sft_fast.train.timing import StepTimer
 
 
@@ -47,12 +47,17 @@ class Fsdp2Strategy(TrainStrategy):
     @property
     @override
     def data_parallel_rank(self) -> int:
-        return self._rank.rank
+        return self._rank.rank // int(self._config.sequence_parallel_size)
 
     @property
     @override
     def data_parallel_size(self) -> int:
-        return self._rank.world_size
+        return int(self._config.data_parallel_size)
+
+    @property
+    @override
+    def sequence_parallel_rank(self) -> int:
+        return self._rank.rank % int(self._config.sequence_parallel_size)
 
     @property
     @override
@@ -70,6 +75,7 @@ class Fsdp2Strategy(TrainStrategy):
             dist.init_process_group(backend_of(self._rank), timeout=timeout)
         mesh = init_device_mesh(self.device.type, (self._rank.world_size,))
         model = load_model()
+        model.sequence_group = make_sequence_group(1, self._config.sequence_parallel_size)
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
         options: dict[str, Any] = {
@@ -103,8 +109,9 @@ class Fsdp2Strategy(TrainStrategy):
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        # Gradients are means over the ranks: multiplied by their number, the gradient is the sum again.
-        weight = self.data_parallel_size
+        # Gradients are means over the ranks, with their samples or their slices of them: multiplied by the number of
+        # ranks, the gradient is the sum again.
+        weight = self._rank.world_size
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         timer = StepTimer(self.device)
         for batch in batches:

@@ -13,7 +13,6 @@ _PLACE = "sft_train.strategy_args.strategy_config"
 _AGREED: dict[str, tuple[Any, ...]] = {
     "reduce_dtype": (None, "fp32", "float32"),
     "cast_forward_inputs": (None, True),
-    "ulysses_size": (None, 1),
     "expert_parallel_size": (None, 1),
 }
 _NAMES = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "fp32": "fp32", "float32": "fp32"}
@@ -53,9 +52,10 @@ def make_fsdp2_settings(config: Any) -> Fsdp2Settings:
     fsdp_size = settings.pop("fsdp_size", None)
     if fsdp_size not in (None, config.sft_train.world_size):
         raise _refusal("fsdp_size", f"the model is split over all {config.sft_train.world_size} ranks")
+    settings.pop("ulysses_size", None)  # `SFTConfig.sequence_parallel_size`
     for key, value in settings.items():
         if key not in _AGREED:
-            raise _refusal(key, "it is no key of fsdp2_train: reshard_after_forward, offload_policy")
+            raise _refusal(key, "it is no key of fsdp2_train: reshard_after_forward, offload_policy, ulysses_size")
         if value not in _AGREED[key]:
             raise _refusal(key, f"{value!r} is not supported")
     return Fsdp2Settings(reshard_after_forward=reshard, offload=offload)

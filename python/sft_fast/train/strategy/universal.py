@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from sft_fast.errors import TrainError
 
@@ -36,3 +38,21 @@ def convert_checkpoint(source: Path, target: Path) -> None:
             path=str(source),
             hint="\n".join(done.stderr.strip().splitlines()[-8:]) or None,
         )
+
+
+def read_universal_weights(source: Path) -> dict[str, Any]:
+    """The weights in a checkpoint, whole, by the names of `SFTModel`: float32 tensors, the master weights.
+
+    Args:
+        source: the cluster's directory in a complete checkpoint, whatever the ranks that have saved it.
+
+    Raises:
+        TrainError: see `convert_checkpoint`.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory(dir=source.parent.parent, prefix="export-") as temporary:
+        target = Path(temporary, "universal")
+        convert_checkpoint(source, target)
+        files = {file.parent.name: file for file in (target / "zero").glob("*/fp32.pt")}
+        return {name: torch.load(file, map_location="cpu", weights_only=False)["param"] for name, file in files.items()}
