@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,41 @@ def test_a_fault_of_writing_is_tried_again(proxy: Proxy, tokenizer_dir: Path, tm
     assert 1 <= report.transfer.num_retries <= 3
     assert not proxy.seen("PUT", "shard-"), "what had been sent before is not sent again"
     assert len({name.rpartition("/")[0] for name in objects_of("out")}) == 2, "the old dataset is gone"
+
+
+def test_where_nobody_may_write(proxy: Proxy, tokenizer_dir: Path) -> None:
+    """A bucket that is not there is an error of the place, and what was made is not made again when it is there."""
+    source = put("data.jsonl", dump_lines(RECORDS))
+    with pytest.raises(FileError, match="could not write") as raised:
+        made(tokenizer_dir, "s3://no-bucket-yet/out", source)
+    assert raised.value.code == "storage"
+    assert str(raised.value.path).startswith("s3://no-bucket-yet/out/")
+    files().mkdir("no-bucket-yet")
+    assert made(tokenizer_dir, "s3://no-bucket-yet/out", source).reused
+    assert len(sft_fast.Dataset("s3://no-bucket-yet/out")) == len(RECORDS)
+
+
+def test_a_forked_process_reads(proxy: Proxy, tokenizer_dir: Path) -> None:
+    """A process forked from one that has fetched can fetch, too: the loaders of torch are made so."""
+    import multiprocessing
+
+    made(tokenizer_dir, f"s3://{BUCKET}/out", put("data.jsonl", dump_lines(RECORDS)))
+    source = put("other.jsonl", dump_lines(RECORDS[:9]))
+    sft_fast.Dataset(f"s3://{BUCKET}/out")
+    child = multiprocessing.get_context("fork").Process(target=read_input, args=(source,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, from Python 3.12 on
+        child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def read_input(address: str) -> None:
+    """Fetches a file."""
+    from sft_fast.objects.files import fetch_files
+
+    [(path, _)] = fetch_files([address], objects.Transfer())
+    assert path.stat().st_size > 0
 
 
 def test_nothing_is_done_twice(proxy: Proxy, tokenizer_dir: Path, tmp_path: Path) -> None:

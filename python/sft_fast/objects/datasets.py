@@ -125,7 +125,11 @@ def publish(directory: Path, address: str, transfer: Transfer) -> None:
             store.send(str(path), joined(address, name))
 
     with ThreadPoolExecutor(_NUM_SENT, thread_name_prefix="send") as pool:
-        list(pool.map(send, sorted(path for path in directory.iterdir() if path.name != MANIFEST_NAME)))
+        try:
+            list(pool.map(send, sorted(path for path in directory.iterdir() if path.name != MANIFEST_NAME)))
+        except BaseException:
+            transfer.stop()
+            raise
     old = read_manifest(store, address)
     store.send_bytes(content, joined(address, MANIFEST_NAME))
     for name, one in there.items():

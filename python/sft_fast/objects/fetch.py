@@ -24,7 +24,16 @@ NUM_CONNECTIONS = 16
 """Requests under way at once, of the whole process: at most 128 MiB are in memory."""
 JOURNAL_NAME = "pieces"
 
+
 _connections = ThreadPoolExecutor(NUM_CONNECTIONS, thread_name_prefix="fetch")
+
+
+def _connect_again() -> None:
+    global _connections
+    _connections = ThreadPoolExecutor(NUM_CONNECTIONS, thread_name_prefix="fetch")
+
+
+os.register_at_fork(after_in_child=_connect_again)  # its threads have stayed with the parent
 
 
 @dataclass(frozen=True, kw_only=True)

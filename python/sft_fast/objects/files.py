@@ -50,7 +50,11 @@ def fetch_files(addresses: Sequence[str], transfer: Transfer) -> list[tuple[Path
         return []
     cache = ObjectCache.of_environment()
     with ThreadPoolExecutor(_NUM_FILES, thread_name_prefix="files") as pool:
-        return list(pool.map(lambda address: _fetch_file(address, cache, transfer), addresses))
+        try:
+            return list(pool.map(lambda address: _fetch_file(address, cache, transfer), addresses))
+        except BaseException:
+            transfer.stop()  # the other threads need not go on to the end of their files
+            raise
 
 
 def _fetch_file(address: str, cache: ObjectCache, transfer: Transfer) -> tuple[Path, Held]:

@@ -209,12 +209,14 @@ class Store:
 
     def _try(self, what: str, address: str, request: Callable[[], Result]) -> Result:
         for number, wait in enumerate(_waits(), start=1):
+            if self._transfer.is_stopped:
+                raise FileError(f"could not {what} this: stopped", code="storage", path=address)
             try:
                 return request()
             except _HOPELESS as error:
-                if isinstance(error, FileNotFoundError):
+                if isinstance(error, FileNotFoundError) and what != "write":  # which needs a bucket
                     raise
-                raise FileError(f"could not {what} this: {_said(error)}", path=address) from error
+                raise FileError(f"could not {what} this: {_said(error)}", code="storage", path=address) from error
             except Exception as error:
                 if isinstance(error, SftFastError) or not _is_of_a_request(error):
                     raise

@@ -21,6 +21,9 @@ class Transfer:
     num_retries: int = 0
     """Requests that failed and were made again: cut off, refused for now, too slow, of a wrong length or checksum."""
 
+    def __post_init__(self) -> None:
+        self.is_stopped = False
+
     def count(self, *, fetched: int = 0, cached: int = 0, sent: int = 0, retries: int = 0) -> None:
         """Adds to the counts."""
         with _lock:
@@ -37,6 +40,10 @@ class Transfer:
             sent=other.num_sent_bytes,
             retries=other.num_retries,
         )
+
+    def stop(self) -> None:
+        """Lets no request begin any more: whoever waits for this work has gone."""
+        self.is_stopped = True
 
     @property
     def is_nothing(self) -> bool:
