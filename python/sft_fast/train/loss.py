@@ -97,6 +97,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
+def chunk_rows_of(vocab_size: int, on_gpu: bool) -> int:
+    """Positions whose logits exist at one time."""
+    return max(64, (_CHUNK_ELEMENTS_GPU if on_gpu else _CHUNK_ELEMENTS_CPU) // vocab_size)
+
+
 def cross_entropy_sum(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -126,8 +131,7 @@ def cross_entropy_sum(
         float32 scalar, in nats.
     """
     if chunk_rows is None:
-        num_elements = _CHUNK_ELEMENTS_CPU if hidden.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
-        chunk_rows = max(64, num_elements // weight.shape[0])
+        chunk_rows = chunk_rows_of(weight.shape[0], hidden.device.type != "cpu")
     # Without gradients autograd still asks for them by the inputs' flags: detached inputs say what is meant.
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()

@@ -64,7 +64,7 @@ class _Keep(TorchDispatchMode):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if _is_slow(func):
+        if is_slow(func):
             self._kept[func].append(tree_map_only(torch.Tensor, torch.Tensor.detach, result))
         return result
 
@@ -81,7 +81,7 @@ class _Reuse(TorchDispatchMode):
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._kept[func].popleft() if _is_slow(func) else func(*args, **(kwargs or {}))
+        return self._kept[func].popleft() if is_slow(func) else func(*args, **(kwargs or {}))
 
 
 def _keeping_what_is_slow() -> tuple[_Keep, _Reuse]:
@@ -90,7 +90,8 @@ def _keeping_what_is_slow() -> tuple[_Keep, _Reuse]:
     return _Keep(kept), _Reuse(kept)
 
 
-def _is_slow(operator: Any) -> bool:
+def is_slow(operator: Any) -> bool:
+    """Whether selective checkpointing keeps what an operator gives."""
     return bool(operator.name().startswith((*_PRODUCTS, *_ATTENTION_LIBRARIES)))
 
 

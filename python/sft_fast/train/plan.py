@@ -63,6 +63,8 @@ class BatchArithmetic:
 
     world_size: int
     data_parallel_size: int
+    tensor_parallel_size: int
+    sequence_parallel_size: int
     rows_per_micro_batch: int
     num_micro_batches: int
     sequence_length: int
@@ -86,6 +88,8 @@ class BatchArithmetic:
         return cls(
             world_size=config.sft_train.world_size,
             data_parallel_size=config.data_parallel_size,
+            tensor_parallel_size=config.tensor_parallel_size,
+            sequence_parallel_size=config.sequence_parallel_size,
             rows_per_micro_batch=arguments.per_device_train_batch_size,
             num_micro_batches=arguments.gradient_accumulation_steps,
             sequence_length=config.sequence_length,
@@ -106,7 +110,10 @@ class BatchArithmetic:
         num_rows_per_step = self.rows_per_micro_batch * self.num_micro_batches * self.data_parallel_size
         ranks = count(self.world_size)
         if self.data_parallel_size != self.world_size:
-            ranks += f", {count(self.data_parallel_size)} groups that read different data"
+            ranks += (
+                f" = {count(self.data_parallel_size)} with other data x {self.tensor_parallel_size} that split weights "
+                f"x {self.sequence_parallel_size} that split rows"
+            )
         is_mixed = self.num_samples_per_epoch != self.num_samples
         mixed = f" an epoch of {count(self.num_samples)}, by the weights of their sources," if is_mixed else ""
         rows = [
