@@ -88,6 +88,14 @@ def test_quantised_weights_are_in_no_checkpoint(workspace: Workspace, tmp_path: 
         ({"stage": 3, "model": {**LORA, "quantization": "nf4"}}, "ZeRO-3 splits"),
         (
             {
+                "ranks": 2,
+                "strategy": StrategyArguments(strategy_config={"tensor_parallel": {"autotp_size": 2}}),
+                "model": {**LORA, "quantization": "nf4"},
+            },
+            "cuts every weight",
+        ),
+        (
+            {
                 "strategy": StrategyArguments(strategy_name="fsdp2_train"),
                 "model": {**LORA, "quantization": "int8"},
             },

@@ -76,6 +76,9 @@ def _check_quantization(config: Any, zero_stage: int) -> None:
     elif zero_stage == 3:
         reason = "ZeRO-3 splits every weight over the ranks, and a quantised one cannot be split"
         hint = "use stage 1 or 2: a quantised model takes a quarter of the memory, and adapters need little state"
+    elif config.sft_train.strategy_args.strategy_config.get("tensor_parallel"):
+        reason = "tensor parallelism cuts every weight, and a quantised one cannot be cut"
+        hint = "leave out tensor_parallel; a quantised model takes a quarter of the memory"
     elif config.sft_train.strategy_args.strategy_name == "fsdp2_train":
         reason = "fsdp2_train splits every weight over the ranks, and a quantised one cannot be split"
         hint = "use strategy_name: deepspeed_train with stage 1 or 2"
