@@ -27,6 +27,7 @@ EXTRAS = {
         "gcs",
         "parquet",
         "quantization",
+        "ray",
         "report",
         "s3",
         "tracking",

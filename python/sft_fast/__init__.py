@@ -7,6 +7,7 @@ from sft_fast._core import Progress, __version__
 from sft_fast.chat_template import ChatTemplate
 from sft_fast.data import Dataset, Packing, Report, Sample, ensure_dataset, preprocess, verify
 from sft_fast.errors import (
+    ClusterError,
     ConfigError,
     DatasetError,
     FileError,
@@ -21,6 +22,7 @@ from sft_fast.records import preprocess_records
 
 __all__ = [
     "ChatTemplate",
+    "ClusterError",
     "ConfigError",
     "Dataset",
     "DatasetError",

@@ -15,6 +15,7 @@ __all__ = [
     "Conversations",
     "Dataset",
     "Packing",
+    "PartEncoder",
     "Progress",
     "Steps",
     "__version__",
@@ -81,7 +82,16 @@ def preprocess(
     elsewhere: Callable[[str], str | None] | None = None,
     chunk_bytes: int | None = None,
     max_shard_tokens: int | None = None,
+    executor: object | None = None,
+    part_bytes: int | None = None,
 ) -> tuple[str, str, bool, int, float, str | None]: ...
+
+@final
+class PartEncoder:
+    """Encodes parts of an input for a `preprocess` of another process, which gave them to its executor."""
+
+    def __new__(cls, tokenizer: str, template: str, template_date: str) -> PartEncoder: ...
+    def encode(self, part: str, directory: str, num_threads: int | None, unique: str) -> None: ...
 
 @final
 class ChatTemplate:

@@ -23,7 +23,7 @@ from sft_fast.errors import ConfigError, DatasetError, FileError
 # How `ensure_dataset` names a dataset: by the first digits of its fingerprint.
 _CACHED_NAME = re.compile(r"[0-9a-f]{32}")
 _PART_NAME = re.compile(r"manifest\.json|(?:rejected|segments)\.jsonl|shard-[0-9]{5,}\.safetensors")
-_LEFTOVER_NAME = re.compile(r"\.(?P<target>[0-9a-f]{32})\.(?:lock|tmp-[0-9]+)")
+_LEFTOVER_NAME = re.compile(r"\.(?P<target>[0-9a-f]{32})\.(?:lock|tmp-[0-9]+|parts-[0-9a-f]{16})")
 
 State = Literal["whole", "damaged", "other version"]
 

@@ -117,6 +117,10 @@ def preprocess(
         Literal["none", "sampled", "all"],
         typer.Option("--verify", help="Which samples to compare with those of transformers."),
     ] = "none",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Ray cluster that encodes: HOST:PORT, auto, or local for none."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
     as_json: AsJson = False,
     config_path: ConfigPath = ".",
@@ -178,6 +182,7 @@ def preprocess(
             train_on_thinking=train_on_thinking,
             dropped_thinking=dropped_thinking,
             verify=verify_samples,
+            ray_address=ray_address,
             overwrite=overwrite,
             progress=progress,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sft_fast import _core, lease, objects, reference
 from sft_fast._core import Progress
+from sft_fast.distributed import RayExecutor
 from sft_fast.errors import ConfigError
 from sft_fast.inputs import Inputs, resolve
 from sft_fast.mixing import Files, Source, describe, read_entries, shares
+from sft_fast.ray_session import cluster_address
 
 if TYPE_CHECKING:  # numpy is a large part of the start-up, and preprocessing needs none
     import datasets
@@ -113,6 +116,7 @@ def preprocess(
     train_on_thinking: bool = True,
     dropped_thinking: Literal["skip", "split", "reject", "keep"] = "skip",
     verify: Literal["none", "sampled", "all"] = "none",
+    ray_address: str | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], object] | None = None,
 ) -> Report:
@@ -158,6 +162,8 @@ def preprocess(
             is there.
         verify: Whether samples are compared with those that transformers makes of the same conversations: `none`, one
             hundred of them (`sampled`) or `all`; see docs/exactness.md. This is done anew whenever it is asked for.
+        ray_address: A Ray cluster whose machines encode: `HOST:PORT`, or `auto` for that of this machine; by default
+            the one that `RAY_ADDRESS` names. `local`, or neither: this process. The dataset is the same, byte for byte.
         overwrite: Whether another dataset in `output_dir` may be replaced.
         progress: Called about ten times a second with the state of the work; an exception stops it.
 
@@ -171,6 +177,7 @@ def preprocess(
         DatasetError: `output_dir` holds something else; or a sample is not that of transformers.
         FileError: A file can't be read or written.
         ConfigError: An argument is wrong.
+        ClusterError: The machines of a Ray cluster did not do the work.
 
     Examples:
         >>> report = sft_fast.preprocess("data.jsonl", "new", tokenizer="path/to/model", sequence_length=256)
@@ -186,7 +193,8 @@ def preprocess(
                        num_threads=num_threads, on_error=on_error, too_long=too_long,
                        duplicates=duplicates, control_tokens=control_tokens,
                        train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
-                       dropped_thinking=dropped_thinking, verify=verify, progress=progress)  # fmt: skip
+                       dropped_thinking=dropped_thinking, verify=verify, ray_address=ray_address,
+                       progress=progress)  # fmt: skip
 
 
 def ensure_dataset(
@@ -214,6 +222,7 @@ def ensure_dataset(
     train_on_thinking: bool = True,
     dropped_thinking: Literal["skip", "split", "reject", "keep"] = "skip",
     verify: Literal["none", "sampled", "all"] = "none",
+    ray_address: str | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Report:
     """Find the dataset of these files and settings in `cache_dir`, or make it there.
@@ -239,7 +248,8 @@ def ensure_dataset(
             template_date=template_date, num_threads=num_threads, on_error=on_error,
             too_long=too_long, duplicates=duplicates, control_tokens=control_tokens,
                        train_on=train_on, train_on_tool_calls=train_on_tool_calls, train_on_thinking=train_on_thinking,
-                       dropped_thinking=dropped_thinking, verify=verify, progress=progress,
+                       dropped_thinking=dropped_thinking, verify=verify, ray_address=ray_address,
+                       progress=progress,
         )  # fmt: skip
         if objects.is_address(report.path) or lease.keep(report.path):
             return report
@@ -258,6 +268,7 @@ def _preprocess(
     train_on_thinking: bool,
     dropped_thinking: str,
     verify: Literal["none", "sampled", "all"],
+    ray_address: str | None,
     **arguments: Any,
 ) -> Report:
     check_number("sequence_length", sequence_length, 2, 2**32 - 1)
@@ -277,17 +288,23 @@ def _preprocess(
     }  # fmt: skip
     comparison = None
     make: Callable[..., tuple[str, str, bool, int, float, str | None]] = _core.preprocess
+    address = _cluster_of(ray_address, output_dir, inputs)
     if objects.is_address(output_dir):
         from sft_fast.objects.making import Making
 
         make = Making(fspath(output_dir), inputs.transfer)
     else:
         output_dir = objects.local_path(output_dir)
-    with inputs.opened(output_dir) as (paths, names):
+    with contextlib.ExitStack() as stack:
+        executor = None
+        if address is not None:
+            executor = RayExecutor(address, num_threads)
+            stack.callback(executor.close)
+        paths, names = stack.enter_context(inputs.opened(output_dir, is_shared=executor is not None))
         path, manifest_json, reused, num_reused_samples, seconds, why_not_fast = make(
             paths, output_dir, sequence_length=sequence_length, num_threads=num_threads, file_names=names,
             sources=[(entry.name, num) for entry, num in zip(entries, num_files, strict=True)],
-            policies=policies, **arguments,
+            policies=policies, executor=executor, **arguments,
         )  # fmt: skip
         if verify != "none":
             comparison = reference.compare(
@@ -315,6 +332,23 @@ def _preprocess(
         comparison=comparison,
         transfer=inputs.transfer,
         **{key: manifest[key] for key in _REPORTED},
+    )
+
+
+def _cluster_of(ray_address: str | None, output_dir: str | PathLike[str], inputs: Inputs) -> str | None:
+    """The address of the cluster that is to encode; `None` where this process does."""
+    address = cluster_address(ray_address)
+    remote = next((place for place in (fspath(output_dir), *(file.name for file in inputs.files))
+                   if objects.is_address(place)), None)  # fmt: skip
+    if address is None or remote is None:
+        return address
+    if ray_address is None:
+        return None  # RAY_ADDRESS may be there for something else
+    raise ConfigError(
+        "a Ray cluster reads and writes storage that all machines see under one path, found an address of an object",
+        path=remote,
+        location="ray_address",
+        hint="copy the input to shared storage, and the data set from there; or ray_address=local",
     )
 
 

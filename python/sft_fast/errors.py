@@ -114,3 +114,9 @@ class TrainError(SftFastError, RuntimeError):
     """A training run failed."""
 
     default_code = "train"
+
+
+class ClusterError(SftFastError, RuntimeError):
+    """The machines of a Ray cluster did not do what was asked of them."""
+
+    default_code = "cluster"

@@ -64,10 +64,13 @@ class Inputs:
         self.transfer.add(others.transfer)
 
     @contextlib.contextmanager
-    def opened(self, output_dir: str | PathLike[str]) -> Iterator[tuple[list[str], list[str]]]:
+    def opened(
+        self, output_dir: str | PathLike[str], *, is_shared: bool = False
+    ) -> Iterator[tuple[list[str], list[str]]]:
         """Paths for the engine, and the names of what is there; within it, errors have the names.
 
-        Objects are in the cache of this machine meanwhile, and tables are kept as JSON Lines beside `output_dir`.
+        Objects are in the cache of this machine meanwhile, and tables are kept as JSON Lines beside `output_dir`; if
+        `is_shared`, where other machines see them.
         """
         paths: list[str] = []
         names = [file.name for file in self.files]
@@ -78,7 +81,7 @@ class Inputs:
                     if file.batches is None:
                         paths.append(file.path)
                         continue
-                    spool = stack.enter_context(Spool(file.name, scratch_directory(output_dir)))
+                    spool = stack.enter_context(Spool(file.name, scratch_directory(output_dir), is_shared=is_shared))
                     spool.write(file.lines())
                     paths.append(fspath(spool))
                 yield paths, names

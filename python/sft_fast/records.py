@@ -10,6 +10,8 @@ from typing import Any
 from sft_fast.data import Report, preprocess
 from sft_fast.errors import InputError
 from sft_fast.inputs import scratch_directory
+from sft_fast.objects import is_address
+from sft_fast.ray_session import cluster_address
 from sft_fast.spool import Spool
 
 SOURCE = "<records>"
@@ -44,7 +46,8 @@ def preprocess_records(records: Iterable[dict[str, Any]], output_dir: str | Path
         >>> sft_fast.Dataset("sums")[2].source
         '<records>:3'
     """
-    with Spool(SOURCE, scratch_directory(output_dir)) as spool:
+    is_shared = cluster_address(options.get("ray_address")) is not None and not is_address(output_dir)
+    with Spool(SOURCE, scratch_directory(output_dir), is_shared=is_shared) as spool:
         spool.write(_lines(records))
         return preprocess(spool, output_dir, **options)
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from sft_fast.errors import FileError
+
+# Hidden, beside the data set that is made of it.
+_SHARED = ".sft-fast-records-"
+_BUFFER_BYTES = 1 << 20
 
 
 class Spool(PathLike[str]):
@@ -18,17 +25,26 @@ class Spool(PathLike[str]):
     Args:
         name: What errors, samples and the manifest call it: its third record is `name:3`.
         directory: Where its bytes are; has to hold about as much as the records have as JSON.
+        is_shared: Whether other machines have to see it. Then it has a name, and what a killed process leaves is
+            removed by the next one that makes such a file there.
     """
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, *, is_shared: bool = False) -> None:
         self.name = name
         self._directory = directory
+        self._path: Path | None = None
+        self._file: IO[bytes]
         try:
-            self._file = tempfile.TemporaryFile(dir=directory, buffering=1 << 20)  # noqa: SIM115  # closed by __exit__
+            if is_shared:
+                self._file, self._path = _shared_file(directory)
+            else:
+                self._file = tempfile.TemporaryFile(dir=directory, buffering=_BUFFER_BYTES)  # noqa: SIM115  # by __exit__
         except OSError as error:
             raise FileError(f"could not keep records here: {error.strerror}", path=str(directory)) from error
 
     def __fspath__(self) -> str:
+        if self._path is not None:
+            return str(self._path)
         return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
 
     def __enter__(self) -> Spool:
@@ -38,6 +54,8 @@ class Spool(PathLike[str]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
             self._file.close()
         except OSError:
             # What can't be flushed has been said by `write`.
@@ -59,6 +77,20 @@ class Spool(PathLike[str]):
             self._file.write(line) if line else self._file.flush()
         except OSError as error:
             raise FileError(f"could not keep the records: {error.strerror}", path=str(self._directory)) from error
+
+
+def _shared_file(directory: Path) -> tuple[IO[bytes], Path]:
+    """A file with a name, locked as long as this process lives."""
+    for path in directory.glob(f"{_SHARED}*"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a process that lives, this fails
+            path.unlink()
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=_SHARED, dir=directory)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):  # else another process took it for that of a dead one, before we had the lock
+            return os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES), Path(name)
+        os.close(descriptor)
 
 
 def existing_parent(path: str | PathLike[str]) -> Path:

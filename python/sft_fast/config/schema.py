@@ -312,6 +312,10 @@ class SFTConfig:
     """A step whose loss or gradient is not finite never changes a weight: `stop` ends the run, `skip` goes on and
     counts it. Ours."""
 
+    ray_address: str | None = None
+    """The Ray cluster that preprocesses and trains: `HOST:PORT`, or `auto` for the one that this machine is part of;
+    without it, that of the environment variable `RAY_ADDRESS`. `local`, or neither: this machine. Ours."""
+
     max_restarts: CountOrZero = 3
     """How often a run starts its ranks again, from its last checkpoint, after one has died, crashed or hung. What fails
     before it has done a single step is not tried again. Ours."""
@@ -526,6 +530,7 @@ class SFTConfig:
             "train_on_thinking": self.train_on_thinking,
             "dropped_thinking": self.dropped_thinking,
             "verify": self.verify,
+            "ray_address": self.ray_address,
         }
 
     @property

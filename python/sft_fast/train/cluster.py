@@ -11,7 +11,6 @@ see. The error that is reported is the first cause: see `first_cause`. A rank th
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import platform
 import signal
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sft_fast.errors import ConfigError, SftFastError, TrainError
+from sft_fast.ray_session import cluster_address, connect
 from sft_fast.train.checkpoint import CLUSTER_NAME
 from sft_fast.train.heartbeat import PULSE, Heartbeats, PulseReport
 from sft_fast.train.strategy.base import RankInfo
@@ -137,7 +137,7 @@ class _Done:
 
 
 class Cluster:
-    """One Ray actor a rank. Starts Ray on this machine, or joins the cluster that `RAY_ADDRESS` names."""
+    """One Ray actor a rank. Starts Ray on this machine, or joins the cluster of `ray_address`."""
 
     def __init__(self, config: SFTConfig) -> None:
         """Starts the actors; the model comes with `initialize`.
@@ -145,29 +145,11 @@ class Cluster:
         Raises:
             ConfigError: `device_mapping` names a machine or a device that is not there.
         """
-        import ray
-
-        self._ray: Any = ray
         self._local_pids: list[int] = []
         self.world_size = config.sft_train.world_size
         self._actors: list[Any] = []
-        self._started_ray = not ray.is_initialized()
-        if self._started_ray:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            # Ray gives its workers way to everything else on the machine, which is not what a rank is for: beside any
-            # other busy process it would hardly run.
-            os.environ.setdefault("RAY_worker_niceness", "0")
-            # Only step numbers and reports travel through Ray: the smallest object store will do.
-            is_joining = bool(os.environ.get("RAY_ADDRESS"))
-            num_bytes = None if is_joining else 80 * 2**20
-            ray.init(
-                # Without it, Ray would join whatever cluster somebody has started on this machine.
-                address=None if is_joining else "local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=num_bytes,
-            )
+        self._ray, self._has_joined = connect(cluster_address(config.ray_address))
+        ray = self._ray
         try:
             places = _places(config, self._ray.nodes(), ray.get_runtime_context().get_node_id())
             self._actors = [_start_actor(ray, config, place) for place in places]
@@ -265,9 +247,9 @@ class Cluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._actors = []
-        if self._started_ray:
+        if self._has_joined:
             self._ray.shutdown()
-            self._started_ray = False
+            self._has_joined = False
 
 
 @dataclass(frozen=True)

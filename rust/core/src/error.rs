@@ -3,8 +3,10 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 /// What kind of thing went wrong. Each has a stable [code](ErrorKind::code) that reports, `rejected.jsonl` and users rely on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum ErrorKind {
     /// The bytes of a record are not UTF-8.
     InvalidUtf8,
@@ -131,7 +133,7 @@ impl ErrorKind {
 }
 
 /// A place in a file. Lines and columns count from 1; a column counts Unicode characters, as Python's `json` does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
     /// Line, from 1.
     pub line: u64,
@@ -161,10 +163,10 @@ impl Position {
 }
 
 /// An error with everything its reader needs; see [`Error::new`] and the `with_…` and `at_…` methods.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Error(Box<Repr>);
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Repr {
     kind: ErrorKind,
     message: String,

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use crate::conversation::{Answers, Content, Conversation, PlainText};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Model;
@@ -38,7 +40,7 @@ impl Default for Policies {
 }
 
 /// What is to be reported of samples, besides themselves.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// Samples of a conversation beyond its first.
     pub num_split_samples: u64,

@@ -56,6 +56,12 @@ impl Staging {
         Ok(Self { target, temporary, _lock: lock })
     }
 
+    /// A path beside the target, hidden, with a name of its own.
+    pub fn beside(&self, suffix: &str) -> PathBuf {
+        let name = self.target.file_name().and_then(OsStr::to_str).expect("checked when the lock was taken");
+        parent(&self.target).join(format!(".{name}.{suffix}"))
+    }
+
     /// Makes the directory to build in.
     pub fn create(&self) -> Result<&Path> {
         fs::create_dir(&self.temporary).map_err(|error| Error::io("make the directory", &self.temporary, &error))?;

@@ -1,4 +1,4 @@
-//! `preprocess`: one call that makes a dataset.
+//! `preprocess`: one call that makes a dataset; `PartEncoder`: what other processes do for it.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,10 +11,10 @@ use pyo3::types::PyDict;
 use sft_fast_core::conversation::{FieldMapping, Shape};
 use sft_fast_core::manifest::{MANIFEST_NAME, Manifest, Source};
 use sft_fast_core::model::Model;
-use sft_fast_core::preprocess::{self as core, Duplicates, OnError, Options, Place};
+use sft_fast_core::preprocess::{self as core, Duplicates, Executor, OnError, Options, Place, Polled, Setup};
 use sft_fast_core::sample::TooLong;
 
-use crate::error::detached;
+use crate::error::{detached, to_python};
 use crate::policies::{self, unknown};
 
 /// How far preprocessing is: see `sft_fast.Progress`.
@@ -39,7 +39,7 @@ pub struct Progress {
 #[pyo3(signature = (files, output_dir, *, in_cache, tokenizer, template, sequence_length, system_key, prompt_key,
     query_key, response_key, history_key, text_key, record_shape, template_date, num_threads, on_error,
     too_long, duplicates, policies, overwrite, progress, file_names=None, sources=None, elsewhere=None, chunk_bytes=None,
-    max_shard_tokens=None))]
+    max_shard_tokens=None, executor=None, part_bytes=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub fn preprocess(
     py: Python<'_>,
@@ -69,6 +69,8 @@ pub fn preprocess(
     elsewhere: Option<Py<PyAny>>,
     chunk_bytes: Option<usize>,
     max_shard_tokens: Option<u32>,
+    executor: Option<Py<PyAny>>,
+    part_bytes: Option<u64>,
 ) -> PyResult<(PathBuf, String, bool, u64, f64, Option<String>)> {
     let options = Options {
         files,
@@ -101,11 +103,14 @@ pub fn preprocess(
         },
         num_threads,
         chunk_bytes,
+        part_bytes,
         max_shard_tokens,
     };
     let report = detached(py, |call| {
         let load = || Model::load(&tokenizer, &template, template_date.as_deref());
-        let call = RefCell::new(call);
+        let call = &RefCell::new(call);
+        let mut executor = executor.map(|object| PythonExecutor { object, call });
+        let executor = executor.as_mut().map(|executor| executor as &mut dyn Executor);
         let mut on_progress = |state: &core::Progress| {
             call.borrow_mut()(&|py| {
                 let Some(progress) = &progress else { return Ok(()) };
@@ -133,9 +138,72 @@ pub fn preprocess(
             let value = serde_json::from_str(&json).unwrap_or_default(); // null is no manifest
             Manifest::of_json(value, Path::new(MANIFEST_NAME)).map(Some)
         };
-        core::preprocess_unless(&options, load, &mut on_progress, &mut find)
+        core::preprocess_unless(&options, load, executor, &mut on_progress, &mut find)
     })?;
     let manifest = serde_json::to_string(&report.manifest).expect("plain data");
     let seconds = report.elapsed.as_secs_f64();
     Ok((report.path, manifest, report.is_reused, report.num_reused_samples, seconds, report.why_not_fast))
+}
+
+/// Runs a Python callback from within [`detached`].
+type Call<'a> = &'a mut dyn FnMut(&dyn Fn(Python<'_>) -> PyResult<()>) -> sft_fast_core::Result<()>;
+
+/// An object with the methods of `sft_fast.distributed.RayExecutor`.
+struct PythonExecutor<'a, 'b> {
+    object: Py<PyAny>,
+    call: &'a RefCell<Call<'b>>,
+}
+
+impl Executor for PythonExecutor<'_, '_> {
+    fn begin(&mut self, setup: &Setup) -> sft_fast_core::Result<()> {
+        let Setup { directory, tokenizer, template, template_date } = setup;
+        let arguments = (directory, tokenizer, template, template_date);
+        self.call.borrow_mut()(&|py| self.object.call_method1(py, "begin", arguments).map(drop))
+    }
+
+    fn submit(&mut self, number: u64, part: String) -> sft_fast_core::Result<()> {
+        self.call.borrow_mut()(&|py| self.object.call_method1(py, "submit", (number, &part)).map(drop))
+    }
+
+    fn poll(&mut self) -> sft_fast_core::Result<Polled> {
+        let polled = RefCell::default();
+        self.call.borrow_mut()(&|py| {
+            let (finished, num_free) = self.object.call_method0(py, "poll")?.extract(py)?;
+            *polled.borrow_mut() = Polled { finished, num_free };
+            Ok(())
+        })?;
+        Ok(polled.into_inner())
+    }
+
+    fn stop(&mut self) -> sft_fast_core::Result<()> {
+        self.call.borrow_mut()(&|py| self.object.call_method0(py, "stop").map(drop))
+    }
+}
+
+/// Encodes parts of an input: see `sft_fast.distributed`.
+#[pyclass(frozen, module = "sft_fast._core")]
+pub struct PartEncoder {
+    model: Model,
+}
+
+#[pymethods]
+impl PartEncoder {
+    #[new]
+    fn new(py: Python<'_>, tokenizer: PathBuf, template: String, template_date: &str) -> PyResult<Self> {
+        let model = py.detach(|| Model::load(&tokenizer, &template, Some(template_date)));
+        model.map(|model| Self { model }).map_err(|error| to_python(py, &error))
+    }
+
+    /// Writes what comes of a part into `directory`.
+    fn encode(
+        &self,
+        py: Python<'_>,
+        part: &str,
+        directory: PathBuf,
+        num_threads: Option<NonZero<usize>>,
+        unique: &str,
+    ) -> PyResult<()> {
+        py.detach(|| core::encode_part(part, &self.model, &directory, num_threads, unique))
+            .map_err(|error| to_python(py, &error))
+    }
 }

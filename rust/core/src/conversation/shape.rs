@@ -5,6 +5,8 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     Conversation, FieldMapping, Message, empty_answer, optional_text, quoted, read_tools, refuse_repeated_keys,
     require_answer, required_text, sharegpt, take, wrong_type,
@@ -78,7 +80,7 @@ impl Shape {
 }
 
 /// Records by their shape.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShapeCounts([u64; Shape::ALL.len()]);
 
 impl ShapeCounts {

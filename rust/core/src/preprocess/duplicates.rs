@@ -9,6 +9,8 @@ use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use super::worker::{Batch, BatchSample};
 use crate::error::{Error, ErrorKind, Position};
 use crate::sampler::Tally;
@@ -42,7 +44,7 @@ impl Duplicates {
 pub type SamplesHash = [u8; 16];
 
 /// One record of a [`Batch`] that became samples.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct BatchRecord {
     pub hash: SamplesHash,
     pub num_samples: usize,

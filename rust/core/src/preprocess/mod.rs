@@ -4,9 +4,14 @@
 //! results in order (`collect`) and gives every token its place, so that the bytes on disk depend on neither the number of
 //! threads nor the size of chunks; the threads then write the tokens there themselves. What they do next, and how far the
 //! fastest may run ahead of the slowest, is decided in `schedule`.
+//!
+//! Where other processes help, they do what a thread does with chunks (`parts`), and their results come as files (`frames`)
+//! to the same collector.
 
 mod collect;
 mod duplicates;
+mod frames;
+mod parts;
 mod reuse;
 mod schedule;
 mod worker;
@@ -19,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use crate::conversation::{FieldMapping, Shape, ShapeCounts};
 use crate::dataset::Dataset;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorClass, ErrorKind, Result};
 use crate::manifest::{DATASET_FORMAT, FORMAT_VERSION, Manifest, Occupant, Recipe, Source as SourceName, SourceInfo};
 use crate::model::Model;
 use crate::sample::TooLong;
@@ -28,11 +33,13 @@ use crate::shard::TokenType;
 use crate::source::Source;
 use crate::staging::Staging;
 pub use duplicates::Duplicates;
+pub use parts::{Executor, Part, Polled, Setup, encode_part};
 
 use collect::Collector;
+use parts::{Distribution, PARTS, remove_parts};
 use reuse::Reuse;
 use schedule::Schedule;
-use worker::work;
+use worker::{Feed, work};
 
 /// What to do with a record that is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +93,9 @@ pub struct Options {
     pub num_threads: Option<NonZero<usize>>,
     /// About how much of the input a thread takes at a time; `None`: by the size of the input. Never changes the output.
     pub chunk_bytes: Option<usize>,
+    /// About how much of the input another process takes at a time; `None`: by the size of the input. Never changes the
+    /// output.
+    pub part_bytes: Option<u64>,
     /// A shard is closed before it would hold more tokens; `None`: [`max_tokens`](crate::shard::write::max_tokens).
     pub max_shard_tokens: Option<u32>,
 }
@@ -129,7 +139,8 @@ pub struct Report {
 /// Makes the dataset that `options` describe, unless it is there already.
 ///
 /// `load` gives the model; it works while the input is hashed. `on_progress` is called about ten times a second; an error from
-/// it stops the work.
+/// it stops the work. With an `executor`, other processes encode; the dataset is the same. What they have done when the work
+/// ends early is kept beside the dataset, hidden, for the next time, unless a record was wrong.
 ///
 /// # Errors
 /// What `load` says. The first wrong record in the order of the input, with its place, if `on_error` is
@@ -138,9 +149,10 @@ pub struct Report {
 pub fn preprocess(
     options: &Options,
     load: impl FnOnce() -> Result<Model> + Send,
+    executor: Option<&mut dyn Executor>,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<Report> {
-    preprocess_unless(options, load, on_progress, &mut |_| Ok(None))
+    preprocess_unless(options, load, executor, on_progress, &mut |_| Ok(None))
 }
 
 /// As [`preprocess`], for a dataset that goes elsewhere from its place, such as to object storage.
@@ -153,6 +165,7 @@ pub fn preprocess(
 pub fn preprocess_unless(
     options: &Options,
     load: impl FnOnce() -> Result<Model> + Send,
+    executor: Option<&mut dyn Executor>,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
     elsewhere: &mut dyn FnMut(&str) -> Result<Option<Manifest>>,
 ) -> Result<Report> {
@@ -213,7 +226,21 @@ pub fn preprocess_unless(
         .sources
         .clone()
         .unwrap_or_else(|| files.iter().map(|file| SourceName { name: file.path.clone(), num_files: 1 }).collect());
-    let counts = encode(options, num_threads, &model, &source, &reuse, collector, on_progress)?;
+    let parts_directory = staging.beside(&format!("{PARTS}{}", &fingerprint[..16]));
+    let mut distribution = match executor {
+        Some(executor) => {
+            remove_parts(&staging.beside(PARTS), Some(&parts_directory))?;
+            Distribution::plan(&source, options, &model, parts_directory, executor)?
+        }
+        None => None,
+    };
+    let counts = encode(options, num_threads, &model, &source, &reuse, &mut distribution, collector, on_progress);
+    if let (Some(distribution), Err(error)) = (&mut distribution, &counts)
+        && error.kind().class() == ErrorClass::Input
+    {
+        let _ = distribution.discard(); // the error to report is that of the record
+    }
+    let counts = counts?;
     let manifest = Manifest {
         format: DATASET_FORMAT.into(),
         format_version: FORMAT_VERSION,
@@ -247,34 +274,49 @@ pub fn preprocess_unless(
         return Err(no_samples(&manifest));
     }
     manifest.write(directory)?;
+    // Under the lock, and before the dataset is there, since nobody looks for them then.
+    remove_parts(&staging.beside(PARTS), None)?;
     staging.publish()?;
     let num_reused_samples = counts.num_reused_samples;
     Ok(Report { num_reused_samples, is_reused: false, ..found(manifest) })
 }
 
 /// Runs the threads; the calling one collects.
+#[expect(clippy::too_many_arguments, reason = "what one call of `preprocess` is made of")]
 fn encode(
     options: &Options,
     num_threads: usize,
     model: &Model,
     source: &Source,
     reuse: &Reuse,
+    distribution: &mut Option<Distribution<'_>>,
     mut collector: Collector,
     on_progress: &mut dyn FnMut(&Progress) -> Result<()>,
 ) -> Result<collect::Counts> {
-    let schedule = Schedule::new(4 * num_threads as u64);
+    let window = 4 * num_threads as u64;
+    let frames = distribution.as_ref().map(|distribution| distribution.frames.clone());
+    let (schedule, feed) = match &frames {
+        None => (Schedule::new(window), Feed::Records { source, reuse }),
+        Some(frames) => (Schedule::waiting(window), Feed::Frames(frames)),
+    };
     std::thread::scope(|scope| {
         let (sender, receiver) = channel();
         for _ in 0..num_threads {
-            let (sender, schedule) = (sender.clone(), &schedule);
-            scope.spawn(move || work(options, model, source, reuse, schedule, &sender));
+            let (sender, schedule, feed) = (sender.clone(), &schedule, &feed);
+            scope.spawn(move || work(options, model, feed, schedule, &sender));
         }
         drop(sender);
         let _close = schedule.close_on_drop(); // whatever happens below, no thread waits for ever
-        let mut last = Instant::now();
+        let (mut last, mut last_poll) = (Instant::now(), None::<Instant>);
         let mut progress = Progress { num_total_bytes: source.num_bytes(), ..Progress::default() };
         while !collector.is_complete(&schedule) {
-            match receiver.recv_timeout(PROGRESS_INTERVAL) {
+            if let Some(distribution) = distribution.as_mut()
+                && last_poll.is_none_or(|last| last.elapsed() >= POLL_INTERVAL)
+            {
+                last_poll = Some(Instant::now());
+                distribution.advance(&schedule)?;
+            }
+            match receiver.recv_timeout(if distribution.is_some() { POLL_INTERVAL } else { PROGRESS_INTERVAL }) {
                 Ok(event) => collector.take(event?, &schedule)?,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break, // a thread panicked, which the scope passes on
@@ -292,6 +334,8 @@ fn encode(
 }
 
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// How often other processes are looked at.
+const POLL_INTERVAL: Duration = Duration::from_millis(25);
 /// More threads than any machine has use for; each costs memory.
 const MAX_THREADS: usize = 1024;
 
@@ -333,7 +377,9 @@ fn open(
     };
     std::thread::scope(|scope| {
         let model = scope.spawn(|| load().inspect_err(|_| has_failed.store(true, Ordering::Relaxed)));
-        let source = Source::open(&options.files, chunk_bytes(options, num_threads), num_threads, on_bytes);
+        let sizes = options.files.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len());
+        let chunk_bytes = chunk_bytes(options, sizes.sum(), num_threads);
+        let source = Source::open(&options.files, chunk_bytes, num_threads, on_bytes);
         let model = model.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok((model, source?.with_names(options.file_names.as_deref())))
     })
@@ -421,11 +467,8 @@ fn find_dataset(target: &Path, fingerprint: &str, options: &Options) -> Result<O
 }
 
 /// Small inputs are cut finer, so that all threads have something to do.
-fn chunk_bytes(options: &Options, num_threads: usize) -> usize {
-    options.chunk_bytes.unwrap_or_else(|| {
-        let sizes = options.files.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len());
-        (sizes.sum::<u64>() / (8 * num_threads as u64)).clamp(1 << 16, 1 << 20) as usize
-    })
+fn chunk_bytes(options: &Options, num_bytes: u64, num_threads: usize) -> usize {
+    options.chunk_bytes.unwrap_or_else(|| (num_bytes / (8 * num_threads as u64)).clamp(1 << 16, 1 << 20) as usize)
 }
 
 fn no_samples(manifest: &Manifest) -> Error {
@@ -530,12 +573,13 @@ mod tests {
             on_error: OnError::Raise,
             num_threads: NonZero::new(3),
             chunk_bytes: Some(64),
+            part_bytes: None,
             max_shard_tokens: Some(1000),
         }
     }
 
     fn run(directory: &Path, odd: &str) -> Result<Report> {
-        preprocess(&options(directory, odd), || Ok(model()), &mut |_| Ok(()))
+        preprocess(&options(directory, odd), || Ok(model()), None, &mut |_| Ok(()))
     }
 
     fn names(directory: &Path) -> Vec<String> {
@@ -551,9 +595,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut options = options(directory.path(), "y");
         options.files.push(directory.path().join("missing.jsonl"));
-        let found = preprocess(&options, || Err(Error::new(ErrorKind::Tokenizer, "no")), &mut |_| Ok(()));
+        let found = preprocess(&options, || Err(Error::new(ErrorKind::Tokenizer, "no")), None, &mut |_| Ok(()));
         assert_eq!(ErrorKind::Tokenizer, found.unwrap_err().kind());
-        let found = preprocess(&options, || Ok(model()), &mut |_| Ok(()));
+        let found = preprocess(&options, || Ok(model()), None, &mut |_| Ok(()));
         assert_eq!(ErrorKind::Io, found.unwrap_err().kind());
     }
 

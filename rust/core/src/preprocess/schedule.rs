@@ -48,6 +48,8 @@ struct State {
     /// Chunks that were begun, and those of them whose tokens have a place and are stored or about to be.
     num_begun: u64,
     num_done: u64,
+    /// Chunks that are there; without a limit if it takes no waiting to read them.
+    num_offered: Option<u64>,
     is_input_read: bool,
     is_closed: bool,
 }
@@ -56,6 +58,22 @@ impl Schedule {
     /// A schedule that lets at most `window` chunks be under way.
     pub fn new(window: u64) -> Self {
         Self { window, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// As [`new`](Self::new), for chunks that come from elsewhere: none is there before it is offered.
+    pub fn waiting(window: u64) -> Self {
+        let state = State { num_offered: Some(0), ..State::default() };
+        Self { state: Mutex::new(state), ..Self::new(window) }
+    }
+
+    /// So many more chunks are there.
+    pub fn offer(&self, num_chunks: u64) {
+        self.update(|state| state.num_offered = state.num_offered.map(|offered| offered + num_chunks));
+    }
+
+    /// No more chunks will come than were offered: who asks for another finds none.
+    pub fn offer_all(&self) {
+        self.update(|state| state.num_offered = None);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -70,7 +88,9 @@ impl Schedule {
     /// Waits for a task; none when the work is over.
     pub fn next(&self) -> Option<Task> {
         let has_none = |state: &mut State| {
-            let must_wait = state.is_input_read || state.num_begun - state.num_done >= self.window;
+            let is_ahead = state.num_begun - state.num_done >= self.window;
+            let is_next_missing = state.num_offered.is_some_and(|offered| state.num_begun >= offered);
+            let must_wait = state.is_input_read || is_ahead || is_next_missing;
             !state.is_closed && state.jobs.is_empty() && must_wait
         };
         let waited = self.changed.wait_while(self.lock(), has_none);

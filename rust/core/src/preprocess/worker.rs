@@ -4,7 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use serde::{Deserialize, Serialize};
+
 use super::duplicates::{BatchRecord, Duplicates, hash};
+use super::frames::Frames;
 use super::reuse::Reuse;
 use super::schedule::{Job, Schedule, Task};
 use super::{OnError, Options};
@@ -19,8 +22,9 @@ use crate::shard::{ShardInfo, TokenIds};
 use crate::source::{Chunk, RecordSpan, Segment, Source};
 
 /// What became of a chunk. Lines count from the chunk's start.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Batch {
+    #[serde(skip)]
     pub sequence: u64,
     pub file: u32,
     pub num_source_bytes: u64,
@@ -33,9 +37,12 @@ pub struct Batch {
     /// Samples that an older dataset had already.
     pub num_reused: u64,
     /// Token ids of all samples, one after the other.
+    #[serde(skip)]
     pub ids: Vec<u32>,
     /// Runs of tokens that are trained on, counted from the first token of their sample.
+    #[serde(skip)]
     pub runs: Vec<Range<u32>>,
+    #[serde(skip)]
     pub samples: Vec<BatchSample>,
     /// The records that became samples, where duplicates are dropped; else empty.
     pub records: Vec<BatchRecord>,
@@ -46,8 +53,9 @@ pub struct Batch {
 }
 
 /// What became of a segment; see [`Segment`](crate::manifest::Segment).
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct SegmentResult {
+    #[serde(with = "hex")]
     pub blake3: Option<blake3::Hash>,
     pub num_samples: u64,
     pub shapes: ShapeCounts,
@@ -60,6 +68,20 @@ pub struct BatchSample {
     pub num_runs: u32,
     /// From 1.
     pub line: u64,
+}
+
+/// A hash of a segment as text, where there is one.
+mod hex {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(hash: &Option<blake3::Hash>, serializer: S) -> Result<S::Ok, S::Error> {
+        hash.map(|hash| hash.to_hex().to_string()).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<blake3::Hash>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| blake3::Hash::from_hex(text).map_err(serde::de::Error::custom)).transpose()
+    }
 }
 
 /// What a thread reports.
@@ -80,21 +102,21 @@ pub enum Event {
     },
 }
 
+/// Where batches come from.
+pub enum Feed<'a> {
+    /// From records that the threads encode, unless an older dataset has their samples.
+    Records { source: &'a Source, reuse: &'a Reuse },
+    /// From those who encoded them.
+    Frames(&'a Frames),
+}
+
 /// Does what the schedule says until the work is over or something is wrong.
-pub fn work(
-    options: &Options,
-    model: &Model,
-    source: &Source,
-    reuse: &Reuse,
-    schedule: &Schedule,
-    sender: &Sender<Result<Event>>,
-) {
+pub fn work(options: &Options, model: &Model, feed: &Feed<'_>, schedule: &Schedule, sender: &Sender<Result<Event>>) {
     let _guard = schedule.close_on_panic();
     let mut worker = Worker {
         options,
         model,
-        source,
-        reuse,
+        feed,
         schedule,
         sampler: Sampler::new(model, options.policies),
         chunk: Chunk::default(),
@@ -116,8 +138,7 @@ const MAX_SPARES: usize = 2;
 struct Worker<'a> {
     options: &'a Options,
     model: &'a Model,
-    source: &'a Source,
-    reuse: &'a Reuse,
+    feed: &'a Feed<'a>,
     schedule: &'a Schedule,
     sampler: Sampler<'a>,
     chunk: Chunk,
@@ -128,10 +149,17 @@ struct Worker<'a> {
 impl Worker<'_> {
     fn run(&mut self, task: Task) -> Result<Event> {
         match task {
-            Task::Chunk if self.source.next(&mut self.chunk)? => Ok(Event::Encoded(self.encode_chunk())),
             Task::Chunk => {
-                self.schedule.end_input();
-                Ok(Event::InputEnded)
+                let batch = match *self.feed {
+                    Feed::Records { source, reuse } => {
+                        source.next(&mut self.chunk)?.then(|| self.encode_chunk(source, reuse))
+                    }
+                    Feed::Frames(frames) => frames.next(self.spare_ids.pop().unwrap_or_default())?,
+                };
+                if batch.is_none() {
+                    self.schedule.end_input();
+                }
+                Ok(batch.map_or(Event::InputEnded, Event::Encoded))
             }
             Task::Job(Job::Store { shard, writer, first, mut ids }) => {
                 writer.write_tokens(first, &ids)?;
@@ -148,7 +176,7 @@ impl Worker<'_> {
         }
     }
 
-    fn encode_chunk(&mut self) -> Batch {
+    fn encode_chunk(&mut self, source: &Source, reuse: &Reuse) -> Batch {
         let mut batch = Batch {
             sequence: self.chunk.sequence,
             file: self.chunk.file,
@@ -162,7 +190,7 @@ impl Worker<'_> {
             let blake3 = blake3::hash(&self.chunk.bytes[bytes]);
             let num_before = batch.samples.len();
             let shapes_before = std::mem::take(&mut batch.shapes);
-            let is_listed = match self.reuse.samples(&blake3, records.len()) {
+            let is_listed = match reuse.samples(&blake3, records.len()) {
                 Some((shapes, samples)) => {
                     batch.shapes = shapes;
                     for (sample, record) in samples.zip(&self.chunk.records[records]) {
@@ -176,7 +204,7 @@ impl Worker<'_> {
                 }
                 None => {
                     let (num_rejects, tally) = (batch.rejects.len(), batch.tally);
-                    self.encode_records(records, &mut batch);
+                    self.encode_records(source, records, &mut batch);
                     (num_rejects, tally) == (batch.rejects.len(), batch.tally)
                 }
             };
@@ -189,7 +217,7 @@ impl Worker<'_> {
             }
         }
         if self.chunk.segments.is_empty() {
-            self.encode_records(0..self.chunk.records.len(), &mut batch);
+            self.encode_records(source, 0..self.chunk.records.len(), &mut batch);
             let num_samples = batch.samples.len() as u64;
             batch.segments.push(SegmentResult { blake3: None, num_samples, shapes: ShapeCounts::default() });
         }
@@ -197,7 +225,7 @@ impl Worker<'_> {
     }
 
     /// Turns some of the chunk's records into samples and rejects, up to the first error that ends the work.
-    fn encode_records(&mut self, records: Range<usize>, batch: &mut Batch) {
+    fn encode_records(&mut self, source: &Source, records: Range<usize>, batch: &mut Batch) {
         let Self { options, model, chunk, sampler, .. } = self;
         for record in &chunk.records[records] {
             batch.num_records += 1;
@@ -214,7 +242,7 @@ impl Worker<'_> {
             };
             batch.truncate(before);
             let position = chunk.position(record, error.offset().unwrap_or(0));
-            let error = error.with_path(self.source.file(chunk.file).0).with_position(position);
+            let error = error.with_path(source.file(chunk.file).0).with_position(position);
             let is_wrong = !ErrorKind::LEFT_OUT.contains(&error.kind());
             if error.kind().class() != ErrorClass::Input || (options.on_error == OnError::Raise && is_wrong) {
                 batch.fatal = Some(error);

@@ -38,7 +38,7 @@ impl SourceFile {
 
     /// Takes the records of some segments.
     pub(super) fn read_segments(&self, segments: Range<usize>, chunk: &mut Chunk) -> Result<()> {
-        let start_of = |segment: usize| self.survey.segments.get(segment).copied().unwrap_or(self.stamp.num_bytes);
+        let start_of = |segment: usize| self.survey.segments.get(segment).copied().unwrap_or(self.end);
         let start = start_of(segments.start);
         let num_bytes = start_of(segments.end) - start;
         // Only a line that is too large can make a segment so long, and it is the last: the rest of it is not read.

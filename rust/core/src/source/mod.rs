@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use scan::Scan;
+use serde::{Deserialize, Serialize};
 pub use survey::Survey;
 
 use crate::error::{Error, ErrorKind, Position, Result};
@@ -70,9 +71,32 @@ impl Chunk {
     }
 }
 
+/// A part of a file, which can be read by another process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilePart {
+    number: u32,
+    path: PathBuf,
+    name: PathBuf,
+    num_bytes: u64,
+    modified: (i64, i64),
+    /// Where the segments of the part begin; none where the part is a whole file that has no segments.
+    segments: Vec<u64>,
+    /// Where the last of them ends.
+    end: u64,
+}
+
+impl FilePart {
+    /// Bytes of the part.
+    pub fn num_part_bytes(&self) -> u64 {
+        self.end - self.segments.first().copied().unwrap_or(0)
+    }
+}
+
 /// The input files, handed out chunk by chunk to any number of threads.
 #[derive(Debug)]
 pub struct Source {
+    /// Number of the first file.
+    first_file: u32,
     files: Vec<SourceFile>,
     chunk_bytes: usize,
     cursor: Mutex<Cursor>,
@@ -89,6 +113,8 @@ struct SourceFile {
     start: usize,
     is_array: bool,
     survey: Survey,
+    /// Where the last segment ends.
+    end: u64,
 }
 
 /// What tells a file from another one of that name, and from itself before a change.
@@ -148,11 +174,80 @@ impl Source {
         if u32::try_from(files.len()).is_err() {
             return Err(Error::new(ErrorKind::Argument, "more files than a dataset can number (4,294,967,295)"));
         }
-        let mut source = Self { files, chunk_bytes: chunk_bytes.clamp(16, 8 << 20), cursor: Mutex::default() };
+        let mut source = Self::new(0, files, chunk_bytes);
         let num_total_bytes = source.num_bytes();
         let surveys = survey::survey(&source.files, num_threads, |num_bytes| on_bytes(num_bytes, num_total_bytes))?;
         source.files.iter_mut().zip(surveys).for_each(|(file, survey)| file.survey = survey);
         Ok(source)
+    }
+
+    fn new(first_file: u32, files: Vec<SourceFile>, chunk_bytes: usize) -> Self {
+        Self { first_file, files, chunk_bytes: chunk_bytes.clamp(16, 8 << 20), cursor: Mutex::default() }
+    }
+
+    /// Opens what [`parts`](Self::parts) cut from an input, which may have been seen by another machine.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if the files are not those that it saw.
+    pub fn of_part(parts: &[FilePart], chunk_bytes: usize) -> Result<Self> {
+        let open = |part: &FilePart| {
+            let mut file = SourceFile::open(&part.path)?;
+            let (found, expected) = ((file.stamp.num_bytes, file.stamp.modified), (part.num_bytes, part.modified));
+            if found != expected {
+                let describe = |(num_bytes, (seconds, _)): (u64, (i64, i64))| {
+                    format!("{num_bytes} bytes, written {seconds} s after 1970")
+                };
+                let message = format!("expected a file of {}, found {}", describe(expected), describe(found));
+                return Err(Error::new(ErrorKind::Io, message).with_path(&part.path).with_hint(
+                    "all machines have to see the input under the same path, and nothing may write to it meanwhile",
+                ));
+            }
+            file.name.clone_from(&part.name);
+            file.survey.segments.clone_from(&part.segments);
+            file.end = part.end;
+            Ok(file)
+        };
+        let files = parts.iter().map(open).collect::<Result<Vec<_>>>()?;
+        Ok(Self::new(parts.first().map_or(0, |part| part.number), files, chunk_bytes))
+    }
+
+    /// Cuts the input into parts of about `part_bytes` bytes, at ends of segments. Small files share a part, and a file
+    /// without segments is never divided.
+    pub fn parts(&self, part_bytes: u64) -> Vec<Vec<FilePart>> {
+        let (mut parts, mut part, mut num_bytes) = (Vec::new(), Vec::new(), 0);
+        for (file, number) in self.files.iter().zip(self.first_file..) {
+            let of_file = |segments: &[u64], end: u64| FilePart {
+                number,
+                path: std::path::absolute(&file.path).unwrap_or_else(|_| file.path.clone()),
+                name: file.name.clone(),
+                num_bytes: file.stamp.num_bytes,
+                modified: file.stamp.modified,
+                segments: segments.into(),
+                end,
+            };
+            let mut rest = &file.survey.segments[..];
+            loop {
+                let start = rest.first().copied().unwrap_or(0);
+                let limit = start + part_bytes.saturating_sub(num_bytes);
+                let num_segments = rest.partition_point(|&segment| segment < limit);
+                let end = rest.get(num_segments).copied().unwrap_or(file.end);
+                let (segments, others) = rest.split_at(num_segments);
+                part.push(of_file(segments, end));
+                num_bytes += end - start;
+                rest = others;
+                if num_bytes >= part_bytes {
+                    parts.push(std::mem::take(&mut part));
+                    num_bytes = 0;
+                }
+                if rest.is_empty() {
+                    break;
+                }
+            }
+        }
+        if !part.is_empty() {
+            parts.push(part);
+        }
+        parts
     }
 
     /// Calls the files by `names`, in order, instead of by their paths.
@@ -178,13 +273,13 @@ impl Source {
 
     /// Name and size in bytes of file `number`.
     pub fn file(&self, number: u32) -> (&Path, u64) {
-        let file = &self.files[number as usize];
+        let file = &self.files[(number - self.first_file) as usize];
         (&file.name, file.stamp.num_bytes)
     }
 
     /// What the first look at file `number` found.
     pub fn survey(&self, number: u32) -> &Survey {
-        &self.files[number as usize].survey
+        &self.files[(number - self.first_file) as usize].survey
     }
 
     /// Puts the next chunk into `chunk`; false at the end of the input. Every chunk goes to exactly one caller.
@@ -194,7 +289,7 @@ impl Source {
         chunk.segments.clear();
         loop {
             let Some(file) = self.files.get(cursor.file) else { return Ok(false) };
-            let number = cursor.file as u32;
+            let number = self.first_file + cursor.file as u32;
             if !file.is_lines() {
                 let mut scan = match cursor.scan.take() {
                     Some(scan) => scan,
@@ -239,6 +334,7 @@ impl SourceFile {
             start: 0,
             is_array: false,
             survey: Survey::default(),
+            end: stamp.num_bytes,
         };
         let mut magic = Vec::new();
         opened.reopen()?.take(4).read_to_end(&mut magic).map_err(failed)?;
