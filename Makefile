@@ -44,6 +44,10 @@ test: $(INSTALLED)  ## run all tests, Rust and Python
 test-browser: $(INSTALLED)  ## the tests that open pages in Chromium, which has to be there: Debian's package chromium
 	SFT_FAST_REQUIRE_CHROMIUM=1 $(BIN)/pytest -m browser
 
+.PHONY: test-nodes
+test-nodes: $(INSTALLED)  ## machines in network namespaces, one killed, one cut off: needs root
+	SFT_FAST_REQUIRE_NODES=1 $(BIN)/pytest -m nodes
+
 .PHONY: lint
 lint: $(INSTALLED)  ## check formatting, lints and types
 	$(BIN)/ruff check
