@@ -108,6 +108,10 @@ class Machines:
                 if f"{NETWORK}.1".encode() in (process / "cmdline").read_bytes():
                     os.kill(int(process.name), signal.SIGKILL)
         subprocess.run(["ip", "link", "del", self.name], check=False)
+        # Where Ray notes the cluster of this machine, for whoever looks for one.
+        note = Path("/tmp/ray/ray_current_cluster")
+        if note.is_file() and note.read_text() == self.address:
+            note.unlink()
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,13 @@ def test_ray_train(names: dict[str, Any]) -> None:
     import ray
 
     run("Records from memory", names)
-    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2, object_store_memory=80 * 2**20)
+    ray.init(
+        "local",
+        include_dashboard=False,
+        log_to_driver=False,
+        num_cpus=2,
+        object_store_memory=80 * 2**20,
+    )
     try:
         run("Ray Train", names)
     finally:

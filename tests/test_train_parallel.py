@@ -48,7 +48,13 @@ def ray_session() -> Iterator[Any]:
     """Ray, started once for all clusters of this file."""
     import ray
 
-    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=4, object_store_memory=80 * 2**20)
+    ray.init(
+        "local",
+        include_dashboard=False,
+        log_to_driver=False,
+        num_cpus=4,
+        object_store_memory=80 * 2**20,
+    )
     yield ray
     ray.shutdown()
 

@@ -262,12 +262,14 @@ class ObjectCache:
 
 
 def _walk(directory: Path) -> Iterator[tuple[str, int]]:
-    for path in sorted(directory.rglob("*")):
-        try:
-            if path.is_file():
+    """Each file below a directory by its relative path, and its bytes; passes over what is removed meanwhile."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            path = Path(root, name)
+            try:
                 yield str(path.relative_to(directory)), path.stat().st_size
-        except FileNotFoundError:
-            continue
+            except FileNotFoundError:
+                continue
 
 
 def _sizes(directory: Path) -> dict[str, int]:
