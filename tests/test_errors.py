@@ -15,6 +15,7 @@ LEAVES = [
     (errors.DatasetError, ValueError, 2),
     (errors.FileError, OSError, 2),
     (errors.TrainError, RuntimeError, 1),
+    (errors.ClusterError, RuntimeError, 1),
 ]
 DETAILS = {
     "code": "unknown_role",
