@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.data_helpers import plain_samples
-from tests.train_helpers import make_model_dir
+from tests.train_helpers import make_model_dir, ray_here
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "recipes.md").read_text(encoding="utf-8")
@@ -77,20 +77,9 @@ def test_the_chat_template_alone(names: dict[str, Any]) -> None:
 @pytest.mark.timeout(600)
 def test_ray_train(names: dict[str, Any]) -> None:
     """Two workers of a `TorchTrainer` train on their shares of each step, and report one loss that is finite."""
-    import ray
-
     run("Records from memory", names)
-    ray.init(
-        "local",
-        include_dashboard=False,
-        log_to_driver=False,
-        num_cpus=2,
-        object_store_memory=80 * 2**20,
-    )
-    try:
+    with ray_here(num_cpus=2):
         run("Ray Train", names)
-    finally:
-        ray.shutdown()
 
     metrics = names["result"].metrics
     num_rows = len(names["dataset"].pack(sequence_length=512))

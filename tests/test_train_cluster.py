@@ -20,7 +20,7 @@ from sft_fast.train.cluster import Cluster, Failure, LocalCluster, first_cause, 
 from sft_fast.train.metrics import StepFile
 from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.worker import TrainStepReport
-from tests.train_helpers import Workspace, broken_workspace, dataset_of, run_worker, start_worker
+from tests.train_helpers import Workspace, broken_workspace, dataset_of, ray_here, run_worker, start_worker
 
 NODES = [
     {"NodeID": "b", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
@@ -38,17 +38,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[Any]:
     """Ray, started once for all clusters of this file."""
-    import ray
-
-    ray.init(
-        "local",
-        include_dashboard=False,
-        log_to_driver=False,
-        num_cpus=2,
-        object_store_memory=80 * 2**20,
-    )
-    yield ray
-    ray.shutdown()
+    with ray_here(num_cpus=2) as ray:
+        yield ray
 
 
 @pytest.fixture(scope="module")

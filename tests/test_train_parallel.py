@@ -16,7 +16,7 @@ from sft_fast.train.cluster import Cluster
 from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.strategy import check_strategy
 from sft_fast.train.strategy.universal import convert_checkpoint
-from tests.train_helpers import Workspace, dataset_of, plain_loop, run_worker, start_worker
+from tests.train_helpers import Workspace, dataset_of, plain_loop, ray_here, run_worker, start_worker
 
 NUM_STEPS = 3
 
@@ -46,17 +46,8 @@ def normed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[Any]:
     """Ray, started once for all clusters of this file."""
-    import ray
-
-    ray.init(
-        "local",
-        include_dashboard=False,
-        log_to_driver=False,
-        num_cpus=4,
-        object_store_memory=80 * 2**20,
-    )
-    yield ray
-    ray.shutdown()
+    with ray_here(num_cpus=4) as ray:
+        yield ray
 
 
 @pytest.fixture(scope="module")

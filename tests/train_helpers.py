@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ torch.set_num_threads(1)
 
 VOCAB_SIZE = 512
 WORDS = "one two three four five sea poem Paris capital blue wide short the of and France still".split()
+
+
+@contextmanager
+def ray_here(num_cpus: int) -> Iterator[Any]:
+    """The module `ray`, started on this machine alone: never a cluster that somebody else has started on it."""
+    import ray
+
+    ray.init(
+        "local",
+        include_dashboard=False,
+        log_to_driver=False,
+        num_cpus=num_cpus,
+        object_store_memory=80 * 2**20,
+    )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def make_model(kind: str = "llama", **changes: Any) -> Any:

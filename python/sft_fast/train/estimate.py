@@ -160,17 +160,13 @@ def _num_adapter_weights(hf: Any, arguments: Any) -> int:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what the kernels keep for the backward pass: its inputs and its output, never the scores."""
+    """Keeps what the kernels keep for the backward pass: its inputs and its output, never the scores; it has none."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output)
         return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise NotImplementedError("an estimate has no backward pass")
 
 
 def _attention(
