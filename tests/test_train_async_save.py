@@ -12,17 +12,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typing_extensions import override
 
 from sft_fast import SftFastError, TrainError
 from sft_fast.config import SFTConfig, StrategyArguments, resolved_yaml
+from sft_fast.train import pipeline as pipelines
 from sft_fast.train import worker as workers
 from sft_fast.train.background import BackgroundWriter, copy_to_host
 from sft_fast.train.checkpoint import commit, find_checkpoints, staging_directory
-from sft_fast.train.cluster import Cluster
+from sft_fast.train.cluster import Cluster, LocalCluster
+from sft_fast.train.metrics import StepFile
+from sft_fast.train.pipeline import SFTPipeline
 from sft_fast.train.worker import SFTWorker
 from tests.test_train_pipeline import TrainStopper, config_in, run
 from tests.test_train_worker import curve, state_of
-from tests.train_helpers import Workspace, dataset_of, start_worker
+from tests.train_helpers import Workspace, broken_workspace, dataset_of, ray_here, start_worker
 
 FSDP2 = StrategyArguments(strategy_name="fsdp2_train")
 
@@ -266,26 +270,32 @@ SFTPipeline(load_config({str(tmp_path)!r}, "config"), use_ray=False).run()
     assert not [path for path in root.iterdir() if ".staging" in path.name]
 
 
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[Any]:
+    """Ray, started once for all clusters of this file."""
+    with ray_here(num_cpus=2) as ray:
+        yield ray
+
+
 @pytest.mark.ray
-@pytest.mark.parametrize("strategy", [None, FSDP2])
-def test_two_ranks_write_beside_training(
-    workspace: Workspace, tmp_path: Path, strategy: StrategyArguments | None
-) -> None:
-    """The checkpoint of both ranks resumes to the last bit; an error in the thread of one rank names that rank."""
-    config = workspace.config(ranks=2, micro_batches=1, stage=3, strategy=strategy, output_dir=str(tmp_path))
-    cluster = Cluster(config)
+def test_two_ranks_write_beside_training(workspace: Workspace, ray_session: Any, tmp_path: Path) -> None:
+    """By either strategy a checkpoint resumes to the last bit; an error in the thread of one rank names that rank."""
+    options: dict[str, Any] = {"ranks": 2, "micro_batches": 1, "stage": 3, "output_dir": str(tmp_path)}
+    cluster = Cluster(workspace.config(**options))
     try:
-        path = dataset_of(config).path
-        cluster.initialize(config, path)
-        cluster.submit("train_step", 0).result()
-        staging = staging_directory(config.output_dir, 1)
-        calls = [cluster.submit("do_checkpoint", str(staging), True), cluster.submit("train_step", 1)]
-        straight = calls[1].result()
-        cluster.submit("finish_checkpoint", True).result()
-        saved = commit(staging, state_of(config, 1))
-        cluster.initialize(config, path, None, str(saved.path))
-        resumed = cluster.submit("train_step", 1).result()
-        assert curve(resumed) == curve(straight)
+        for strategy in (None, FSDP2):
+            config = workspace.config(**options, strategy=strategy)
+            path = dataset_of(config).path
+            cluster.initialize(config, path)
+            cluster.submit("train_step", 0).result()
+            staging = staging_directory(config.output_dir, 1)
+            calls = [cluster.submit("do_checkpoint", str(staging), True), cluster.submit("train_step", 1)]
+            straight = calls[1].result()
+            cluster.submit("finish_checkpoint", True).result()
+            saved = commit(staging, state_of(config, 1))
+            cluster.initialize(config, path, None, str(saved.path))
+            resumed = cluster.submit("train_step", 1).result()
+            assert curve(resumed) == curve(straight)
 
         def break_writing(actor: Any) -> None:
             def fail(*arguments: Any) -> None:
@@ -308,3 +318,134 @@ def test_the_last_checkpoint_is_there_when_the_run_ends(workspace: Workspace, tm
         TrainStopper(config, 2).run()
 
     assert [one.state.step for one in find_checkpoints(config.output_dir)][-1] >= 2
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_a_step_that_is_not_finite_loses_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
+) -> None:
+    """The step before it was saved, and is there when the run has ended, however long its writing took."""
+    usual = SFTWorker._write
+
+    def slow(*arguments: Any) -> None:
+        threading.Event().wait(0.3)
+        usual(*arguments)
+
+    monkeypatch.setattr(SFTWorker, "_write", slow)
+    config = config_in(broken_workspace(tmp_path), tmp_path, save_steps=1, async_save=async_save)
+    with pytest.raises(TrainError, match=r"step \d: the loss or the gradient is not finite") as caught:
+        run(config)
+    found = find_checkpoints(config.output_dir)
+
+    assert found
+    assert f"step {found[-1].state.step + 1}:" in str(caught.value)
+    assert not list((tmp_path / "out" / "sft_train").glob("*.staging*"))
+    assert not list(found[-1].path.glob("written-*"))
+
+
+def test_an_error_of_the_driver_loses_no_checkpoint(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_back: threading.Event
+) -> None:
+    """What goes wrong outside the ranks ends the run when the checkpoint under way is written."""
+    usual = StepFile.write
+
+    def write(file: StepFile, metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 4:
+            threading.Timer(0.3, held_back.set).start()
+            raise ZeroDivisionError("in the driver")
+        usual(file, metrics)
+
+    monkeypatch.setattr(StepFile, "write", write)
+    config = config_in(workspace, tmp_path, save_steps=3, async_save=True)
+    with pytest.raises(ZeroDivisionError):
+        run(config)
+
+    assert [one.state.step for one in find_checkpoints(config.output_dir)] == [3]
+
+
+def test_without_the_part_of_a_rank_there_is_no_checkpoint(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one of two ranks has not noted that it has written, the checkpoint is left out, and the log says so."""
+    usual = StepFile.write
+
+    def write(file: StepFile, metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 4:
+            monkeypatch.setattr(LocalCluster, "world_size", 2)
+            raise ZeroDivisionError("in the driver")
+        usual(file, metrics)
+
+    monkeypatch.setattr(StepFile, "write", write)
+    monkeypatch.setattr(SFTWorker, "finish_checkpoint", lambda *_: None)  # nobody asks before the end
+    config = config_in(workspace, tmp_path, save_steps=3, async_save=True)
+    with pytest.raises(ZeroDivisionError):
+        run(config)
+
+    assert not list((tmp_path / "out" / "sft_train").iterdir())
+    assert "the checkpoint of step 3 was not written in full" in (tmp_path / "logs" / "sft" / "train.log").read_text()
+
+
+class RankOneDies(Cluster):
+    """Two ranks that write step 2 in the background, and of which rank 1 is killed in step 4, when it has written.
+
+    Rank 0 writes only when `gate` exists, which the driver makes when it waits for what is being written.
+    """
+
+    gate: Path
+
+    @override
+    def initialize(self, config: SFTConfig, *arguments: Any) -> None:
+        """As always; then the ranks are told what to do."""
+        super().initialize(config, *arguments)
+        gate = self.gate
+
+        def prepare(actor: Any) -> None:
+            import os
+            import signal
+            import time
+
+            worker = actor._worker
+            write, train_step = worker._write, worker.train_step
+
+            def write_late(write_files: Any, directory: str) -> None:
+                while not gate.exists():
+                    time.sleep(0.01)
+                write(write_files, directory)
+
+            def die_in_step_4(step: int) -> Any:
+                while step == 3:
+                    time.sleep(0.01)
+                    if list(gate.parent.rglob("written-1")):
+                        os.kill(os.getpid(), signal.SIGKILL)
+                return train_step(step)
+
+            if actor._rank == 0:
+                worker._write = write_late
+            else:
+                worker.train_step = die_in_step_4
+
+        self._ray.get([actor.__ray_call__.remote(prepare) for actor in self._actors])
+
+    @override
+    def finish_writing(self, *arguments: Any) -> None:
+        """Opens the gate first."""
+        self.gate.touch()
+        super().finish_writing(*arguments)
+
+
+@pytest.mark.ray
+def test_a_rank_that_dies_loses_no_checkpoint_that_it_has_written(
+    workspace: Workspace, ray_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank, which waits for it in a collective, is let finish its part; then the error is reported."""
+    monkeypatch.setattr(RankOneDies, "gate", tmp_path / "gate", raising=False)
+    monkeypatch.setattr(pipelines, "Cluster", RankOneDies)
+    options: dict[str, Any] = {"ranks": 2, "micro_batches": 1, "stage": 2, "max_restarts": 0}
+    config = config_in(workspace, tmp_path, **options, save_steps=2, async_save=True)
+    with pytest.raises(TrainError, match=r"rank 1 on .* died"):
+        SFTPipeline(config).run()
+
+    assert [path.name for path in (tmp_path / "out" / "sft_train").iterdir()] == ["checkpoint-2"]
+    assert [one.state.step for one in find_checkpoints(config.output_dir)] == [2]
+    log = (tmp_path / "logs" / "sft" / "train.log").read_text()
+    assert "checkpoint-2, written in full before the run failed" in log

@@ -68,11 +68,16 @@ class BackgroundWriter:
             raise self._error
         return WriteReport(self._seconds, self._waited_seconds)
 
+    def join(self) -> None:
+        """Waits until nothing is being written, whatever becomes of it. Any thread may call it, at any time."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
     def close(self) -> None:
-        """Waits until nothing is being written, whatever becomes of it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Waits as `join`, and forgets what was written."""
+        self.join()
+        self._thread = None
 
 
 def copy_to_host(value: Any) -> Any:

@@ -6,7 +6,8 @@
                                              <cluster_name>/   weights and optimizer state, as the strategy writes them
 
 All ranks write into a staging directory beside it, whose name no reader takes for a checkpoint. When every rank has
-answered, the driver writes the manifest, forces everything to the disk and renames. Our own state is JSON; what
+answered, the driver writes the manifest, forces everything to the disk and renames. A rank that writes while it trains
+also leaves a mark there when it is done: it may not live to be asked. Our own state is JSON; what
 DeepSpeed writes is a pickle, so a checkpoint is read only from where the user's own runs wrote it.
 """
 
@@ -37,6 +38,7 @@ FORMAT = 1
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING, _REPLACED = ".staging-", ".replaced-"
+_WRITTEN = "written-"  # with the number of a rank, the name of an empty file
 # What a write that failed leaves free: less than a block of one of torch's buffers.
 _FULL_DISK_BYTES = 64 * 2**20
 
@@ -142,11 +144,23 @@ def _num_free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def mark_written(staging: Path, rank: int) -> None:
+    """Notes in a staging directory that a rank has written all of its part."""
+    (staging / f"{_WRITTEN}{rank}").touch()
+
+
+def is_written(staging: Path, num_ranks: int) -> bool:
+    """Whether every rank has noted that it has written its part."""
+    return all((staging / f"{_WRITTEN}{rank}").exists() for rank in range(num_ranks))
+
+
 def commit(staging: Path, state: TrainState) -> Checkpoint:
     """Makes a staging directory, in which every rank has written, a checkpoint. Another of the same step is replaced.
 
     Returns when it would survive a power cut.
     """
+    for mark in staging.glob(f"{_WRITTEN}*"):
+        mark.unlink()
     _write_json(staging / _STATE, dataclasses.asdict(state))
     sync_files(staging)
     sizes = {str(path.relative_to(staging)): path.stat().st_size for path in sorted(_files(staging))}

@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sft_fast.errors import ConfigError, SftFastError, TrainError
 from sft_fast.ray_session import cluster_address, connect
 from sft_fast.train.checkpoint import CLUSTER_NAME
-from sft_fast.train.heartbeat import PULSE, Heartbeats, PulseReport
+from sft_fast.train.heartbeat import LONG_WORK_FACTOR, PULSE, Heartbeats, PulseReport
 from sft_fast.train.strategy.base import RankInfo
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ class Ranks(Protocol):
     def initialize(self, config: SFTConfig, *arguments: Any) -> None:
         """Calls `SFTWorker.initialize` with each rank's `RankInfo`, and waits."""
 
+    def finish_writing(self) -> None:
+        """Waits until no rank that lives writes a checkpoint in the background, whatever else the ranks do."""
+
     def shutdown(self) -> None:
         """Ends all ranks. May be called again."""
 
@@ -102,6 +105,7 @@ class LocalCluster:
         os.environ.update(_environment(config, num_local_ranks=1, num_cores=num_cores()))
         self._config = config
         self._worker: Any = None
+        self._error: Exception | None = None
 
     def initialize(self, config: SFTConfig, *arguments: Any) -> None:
         """See `Ranks`."""
@@ -116,8 +120,18 @@ class LocalCluster:
         self._worker.initialize(config, RankInfo(device=device, master_port=free_port()), *arguments)
 
     def submit(self, method: str, *arguments: Any) -> Call:
-        """See `Ranks`; here the work is done before it returns."""
-        return _Done(getattr(self._worker, method)(*arguments))
+        """See `Ranks`; here the work is done before it returns. After an error nothing is tried again."""
+        if self._error is None:
+            try:
+                return _Done(getattr(self._worker, method)(*arguments))
+            except Exception as error:
+                self._error = error
+        return _Done(None, self._error)
+
+    def finish_writing(self) -> None:
+        """See `Ranks`."""
+        if self._worker is not None:
+            self._worker.finish_writing()
 
     def shutdown(self) -> None:
         """See `Ranks`."""
@@ -128,11 +142,14 @@ class LocalCluster:
 
 @dataclass(frozen=True)
 class _Done:
-    """The answer of the one rank."""
+    """The answer of the one rank, or its error."""
 
     value: Any
+    error: Exception | None = None
 
     def result(self) -> list[Any]:
+        if self.error is not None:
+            raise self.error
         return [self.value]
 
 
@@ -148,6 +165,7 @@ class Cluster:
         self._local_pids: list[int] = []
         self.world_size = config.sft_train.world_size
         self._actors: list[Any] = []
+        self._writes_beside, self._hang_timeout = config.async_save, config.hang_timeout
         self._ray, self._has_joined = connect(cluster_address(config.ray_address))
         ray = self._ray
         try:
@@ -195,6 +213,7 @@ class Cluster:
                 if isinstance(values[rank], Failure):
                     failures = [values[rank], *self._later_failures(pending, values[rank])]
             if failures:
+                self.finish_writing({failure.rank for failure in failures if failure.kind == "hung"})
                 self.shutdown()
                 raise to_error(first_cause(failures))
         return [values[rank] for rank in range(self.world_size)]
@@ -237,6 +256,18 @@ class Cluster:
             reason = next((line for line in lines if "exit detail" in line.lower()), type(error).__name__)
             output = _last_output(self._pids[rank])
             return Failure(rank, self._hosts[rank], "died", reason, output, time.time())
+
+    def finish_writing(self, hung: Collection[int] = ()) -> None:
+        """See `Ranks`. Nobody waits for the ranks that hang, and not long for the others, which may wait for those."""
+        if self._writes_beside:
+            asked = [
+                actor.finish_writing.options(concurrency_group="writer").remote()
+                for rank, actor in enumerate(self._actors)
+                if rank not in hung
+            ]
+            timeout = self._hang_timeout * (1 if hung else LONG_WORK_FACTOR)
+            if asked:
+                self._ray.wait(asked, num_returns=len(asked), timeout=timeout)
 
     def shutdown(self) -> None:
         """See `Ranks`."""
@@ -303,6 +334,11 @@ class RankActor:
             return self._failure
         finally:
             PULSE.advance("")
+
+    def finish_writing(self) -> None:
+        """Returns when this rank writes nothing in the background; asked in a thread of its own."""
+        if self._worker is not None:
+            self._worker.finish_writing()
 
     def pulse(self) -> PulseReport:
         """What this rank is doing; asked in a thread of its own."""
@@ -407,7 +443,11 @@ def _start_actor(ray: Any, config: SFTConfig, place: _Place) -> Any:
         "runtime_env": {"env_vars": variables},
         "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node_id, soft=False),
     }
-    return ray.remote(concurrency_groups={"heartbeat": 1})(RankActor).options(**options).remote(place.rank.rank)
+    return (
+        ray.remote(concurrency_groups={"heartbeat": 1, "writer": 1})(RankActor)
+        .options(**options)
+        .remote(place.rank.rank)
+    )
 
 
 def _environment(config: SFTConfig, num_local_ranks: int, num_cores: int) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 # How often the driver asks.
 _ASK_SECONDS = 2.0
 # What has no micro-batches to count (loading, saving, exporting) may take this many times `hang_timeout`.
-_LONG_WORK_FACTOR = 10
+LONG_WORK_FACTOR = 10
 # Where a rank stands when it waits for others.
 _WAITING_PLACES = ("torch/distributed/", "deepspeed/comm/")
 
@@ -134,7 +134,7 @@ class Heartbeats:
 def find_hang(reports: Sequence[PulseReport], hang_timeout: float) -> Hang | None:
     """The rank that holds the others up, if one has been at the same thing for too long. `reports` is by rank."""
     is_hung = any(
-        report.doing and report.still_seconds > hang_timeout * (1 if report.is_counted else _LONG_WORK_FACTOR)
+        report.doing and report.still_seconds > hang_timeout * (1 if report.is_counted else LONG_WORK_FACTOR)
         for report in reports
     )
     if not is_hung:

@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_fast.console import count, seconds
-from sft_fast.errors import TrainError
-from sft_fast.train.checkpoint import TrainState, commit, naming_a_full_disk, remove_old, staging_directory
+from sft_fast.errors import SftFastError, TrainError
+from sft_fast.train.checkpoint import (
+    TrainState,
+    commit,
+    is_written,
+    naming_a_full_disk,
+    remove_old,
+    staging_directory,
+)
 from sft_fast.train.cluster import Call, Ranks
 from sft_fast.train.metrics import StepFile, StepMetrics
 from sft_fast.train.progress import RunProgress
@@ -108,6 +115,13 @@ class TrainLoop:
         Raises:
             TrainError: a signal ended the run (`stopped`), after a checkpoint; or a rank failed.
         """
+        try:
+            self._run()
+        except Exception:
+            self._keep_what_is_written()
+            raise
+
+    def _run(self) -> None:
         under_way: _StepCalls | None = None
         for step in range(self.state.step + 1, self._num_steps + 1):
             if self._stop_signal() is not None or self._is_no_longer_better():
@@ -195,6 +209,20 @@ class TrainLoop:
         if self._writing == background.staging:
             self._writing = None
         self._commit(background.staging, background.state, how)
+
+    def _keep_what_is_written(self) -> None:
+        """After an error: finishes the checkpoint that was being written, if every rank has lived to write its part."""
+        background, note = self._background, self._outputs.progress.note
+        if background is None:
+            return
+        try:
+            self._cluster.finish_writing()
+            if is_written(background.staging, self._cluster.world_size):
+                self._commit(background.staging, background.state, "written in full before the run failed")
+            else:
+                note(f"the checkpoint of step {background.state.step} was not written in full: it is left out")
+        except (OSError, SftFastError) as error:  # what ended the run is to be reported, not this
+            note(f"the checkpoint of step {background.state.step} is left out: {error}")
 
     def _finish(self, calls: _StepCalls) -> None:
         """Waits for the work of a step, records it, and makes its checkpoint one."""

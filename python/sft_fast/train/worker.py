@@ -21,7 +21,7 @@ from sft_fast.prefetch import Prefetcher
 from sft_fast.stream import StepPlan, StepStream
 from sft_fast.train.background import BackgroundWriter, WriteReport
 from sft_fast.train.batch import MicroBatch, make_micro_batch
-from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, naming_a_full_disk, sync_files
+from sft_fast.train.checkpoint import CLUSTER_NAME, MODEL_DIRECTORY, mark_written, naming_a_full_disk, sync_files
 from sft_fast.train.export import save_model_files, write_model
 from sft_fast.train.flops import ModelFlops, peak_tflops
 from sft_fast.train.generate import Generation, generate_answers
@@ -282,12 +282,17 @@ class SFTWorker:
         """
         return self._writer.finish(wait)
 
+    def finish_writing(self) -> None:
+        """Returns when nothing is being written in the background, whatever became of it. For a thread of its own."""
+        self._writer.join()
+
     def _write(self, write: Callable[[], None], directory: str) -> None:
         """The work of the background: all of this rank's files, to the disk."""
         with naming_a_full_disk(directory):
             write()
             self._write_model_files(directory)
             sync_files(Path(directory))
+            mark_written(Path(directory), self._rank.rank)
 
     def _write_model_files(self, directory: str) -> None:
         if self._rank.rank == 0:
