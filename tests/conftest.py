@@ -14,6 +14,10 @@ import pytest
 # Whoever starts the tests in the background makes them, and the commands that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The tests start a hundred processes: without bytecode, each would compile torch and its kind anew, for many seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Short, but the shape of the real thing: roles, an end-of-turn token that is trained, a generation prompt.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
