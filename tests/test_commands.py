@@ -18,7 +18,6 @@ from pathlib import Path
 
 import click
 import pytest
-import typer.main
 
 from sft_fast.cli import app
 from tests.train_helpers import make_model_dir
@@ -68,7 +67,7 @@ def test_command_is_one_that_there_is(page: str, command: str) -> None:
     """A command that is shown has the options, targets, files and extras that it names."""
     words = shlex.split(command, comments=True)
     if words[0] == "sft-fast":
-        parse(typer.main.get_command(app), words[1:], "sft-fast")
+        parse(app, words[1:], "sft-fast")
     elif words[0] == "ray":
         from ray.scripts.scripts import cli
 

@@ -12,22 +12,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import typer
+import click
 
-from sft_fast import console
+from sft_fast import console, options
 from sft_fast.errors import ConfigError, SftFastError, TrainError
-from sft_fast.options import (
-    AsJson,
-    CacheDirectory,
-    ConfigName,
-    ConfigPath,
-    DatasetOrOverrides,
-    OptionalConfigName,
-    Overrides,
-    complete_template,
-)
 
 if TYPE_CHECKING:
     import sft_fast
@@ -38,95 +28,102 @@ TRAIN_PACKAGES = frozenset(
     ("accelerate", "deepspeed", "peft", "ray", "safetensors", "tensorboard", "torch", "transformers")
 )
 
-# What typer ends with after Ctrl-C: 128 and the number of the signal.
+# What a shell reports of a command that Ctrl-C ended: 128 and the number of the signal.
 INTERRUPTED = 130
 
-app = typer.Typer(
-    name="sft-fast",
-    help="Supervised fine-tuning of language models: records in, a fine-tuned model out.",
+
+@click.group(
+    invoke_without_command=True,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
 )
-
-cache = typer.Typer(
-    help="The data sets that training keeps, and the space they take. DIR is a data_cache_dir; by default that of the "
-    "configuration.",
-    no_args_is_help=True,
-)
-app.add_typer(cache, name="cache")
-
-
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+@options.flag("--version", help="Print the version.")
+@options.show_completion
+@click.pass_context
+def app(context: click.Context, version: bool) -> None:
+    """Supervised fine-tuning of language models: records in, a fine-tuned model out."""
     if version:
         import sft_fast
 
-        typer.echo(f"sft-fast {sft_fast.__version__}")
-        raise typer.Exit
+        click.echo(f"sft-fast {sft_fast.__version__}")
+        context.exit()
+
+
+@app.group(no_args_is_help=True)
+def cache() -> None:
+    """The data sets that training keeps, and the space they take.
+
+    DIR is a data_cache_dir; by default that of the configuration.
+    """
 
 
 @app.command()
+@options.arguments("[FILE]...")
+@options.text("--output-dir", "DIR", help="Where the data set goes.")
+@options.text("--tokenizer", "DIR", help="Model directory with a tokenizer.")
+@click.option(
+    "--template",
+    metavar="NAME",
+    default="native",
+    shell_complete=options.complete_template,
+    help="Chat template: native, a built-in name, or a file.",
+)
+@options.number("--sequence-length", least=1, help="Most tokens of a sample.")
+@options.text("--system-key", "FIELD", help="Field of the system prompt.")
+@options.text("--prompt-key", "FIELD", default="instruction", help="Field of the prompt.")
+@options.text("--query-key", "FIELD", help="Field of further input.")
+@options.text("--response-key", "FIELD", default="output", help="Field of the answer.")
+@options.text("--history-key", "FIELD", help="Field of earlier turns, pairs of prompt and answer.")
+@options.text("--text-key", "FIELD", default="text", help="Field of plain text.")
+@options.choice(
+    "--record-shape",
+    *("auto", "fields", "messages", "conversations", "prompt_completion", "text"),
+    help="The shape that every record has; auto: that which its keys show.",
+)
+@options.text("--template-date", "DATE", help="Date that the template takes for today.")
+@options.number("--num-threads", least=1, help="Threads; one a core if not given.")
+@options.choice("--on-error", "raise", "skip", help="What to do with a record that is wrong.")
+@options.choice("--too-long", "reject", "truncate_turns", "truncate", help="What to do with a sample that is too long.")
+@options.choice(
+    "--duplicates", "keep", "drop", help="What to do with a record that makes the same samples as one before."
+)
+@options.choice(
+    "--control-tokens",
+    *("plain", "reject", "allow"),
+    help="What becomes of text in a record that spells a control token.",
+)
+@options.choice("--train-on", "all_answers", "last_answer", help="Which answers of a conversation are trained on.")
+@click.option(
+    "--train-on-tool-calls/--no-train-on-tool-calls",
+    default=True,
+    help="Whether answers that call tools are trained on.",
+)
+@click.option(
+    "--train-on-thinking/--no-train-on-thinking", default=True, help="Whether the thinking of answers is trained on."
+)
+@options.choice(
+    "--dropped-thinking",
+    *("skip", "split", "reject", "keep"),
+    help="What becomes of an answer whose thinking the template leaves out.",
+)
+@options.choice("--verify", "none", "sampled", "all", help="Which samples to compare with those of transformers.")
+@options.text("--ray-address", "HOST:PORT", help="Ray cluster that encodes: HOST:PORT, auto, or local for none.")
+@options.flag("--overwrite", help="Replace a data set that is there.")
+@options.as_json
+@options.configuration(is_required=False)
 def preprocess(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="FILE", help="JSONL or JSON files, or globs; with --config-name: KEY=VALUE overrides."),
-    ] = None,
-    output_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data set goes.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Model directory with a tokenizer.")] = None,
-    template: Annotated[
-        str, typer.Option(help="Chat template: native, a built-in name, or a file.", autocompletion=complete_template)
-    ] = "native",
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a sample.")] = None,
-    system_key: Annotated[str | None, typer.Option(help="Field of the system prompt.")] = None,
-    prompt_key: Annotated[str, typer.Option(help="Field of the prompt.")] = "instruction",
-    query_key: Annotated[str | None, typer.Option(help="Field of further input.")] = None,
-    response_key: Annotated[str, typer.Option(help="Field of the answer.")] = "output",
-    history_key: Annotated[str | None, typer.Option(help="Field of earlier turns, pairs of prompt and answer.")] = None,
-    text_key: Annotated[str, typer.Option(help="Field of plain text.")] = "text",
-    record_shape: Annotated[
-        Literal["auto", "fields", "messages", "conversations", "prompt_completion", "text"],
-        typer.Option(help="The shape that every record has; auto: that which its keys show."),
-    ] = "auto",
-    template_date: Annotated[str | None, typer.Option(help="Date that the template takes for today.")] = None,
-    num_threads: Annotated[int | None, typer.Option(min=1, help="Threads; one a core if not given.")] = None,
-    on_error: Annotated[
-        Literal["raise", "skip"], typer.Option(help="What to do with a record that is wrong.")
-    ] = "raise",
-    too_long: Annotated[
-        Literal["reject", "truncate_turns", "truncate"], typer.Option(help="What to do with a sample that is too long.")
-    ] = "reject",
-    duplicates: Annotated[
-        Literal["keep", "drop"],
-        typer.Option(help="What to do with a record that makes the same samples as one before."),
-    ] = "keep",
-    control_tokens: Annotated[
-        Literal["plain", "reject", "allow"],
-        typer.Option(help="What becomes of text in a record that spells a control token."),
-    ] = "plain",
-    train_on: Annotated[
-        Literal["all_answers", "last_answer"], typer.Option(help="Which answers of a conversation are trained on.")
-    ] = "all_answers",
-    train_on_tool_calls: Annotated[bool, typer.Option(help="Train on answers that call tools.")] = True,
-    train_on_thinking: Annotated[bool, typer.Option(help="Train on the thinking of answers.")] = True,
-    dropped_thinking: Annotated[
-        Literal["skip", "split", "reject", "keep"],
-        typer.Option(help="What becomes of an answer whose thinking the template leaves out."),
-    ] = "skip",
-    verify_samples: Annotated[
-        Literal["none", "sampled", "all"],
-        typer.Option("--verify", help="Which samples to compare with those of transformers."),
-    ] = "none",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Ray cluster that encodes: HOST:PORT, auto, or local for none."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
-    as_json: AsJson = False,
-    config_path: ConfigPath = ".",
-    config_name: OptionalConfigName = None,
+    arguments: Sequence[str],
+    output_dir: str | None,
+    tokenizer: str | None,
+    sequence_length: int | None,
+    as_json: bool,
+    config_path: str,
+    config_name: str | None,
+    **settings: Any,
 ) -> None:
     """Turn records into token ids and label masks on disk.
+
+    FILE: JSONL or JSON files, or globs; with --config-name: KEY=VALUE overrides.
 
     \b
     Examples:
@@ -162,29 +159,9 @@ def preprocess(
             arguments,
             output_dir,
             tokenizer=tokenizer,
-            template=template,
             sequence_length=sequence_length,
-            system_key=system_key,
-            prompt_key=prompt_key,
-            query_key=query_key,
-            response_key=response_key,
-            history_key=history_key,
-            text_key=text_key,
-            record_shape=record_shape,
-            template_date=template_date,
-            num_threads=num_threads,
-            on_error=on_error,
-            too_long=too_long,
-            duplicates=duplicates,
-            control_tokens=control_tokens,
-            train_on=train_on,
-            train_on_tool_calls=train_on_tool_calls,
-            train_on_thinking=train_on_thinking,
-            dropped_thinking=dropped_thinking,
-            verify=verify_samples,
-            ray_address=ray_address,
-            overwrite=overwrite,
             progress=progress,
+            **settings,
         )
     # Of epoch 0; the others hardly differ.
     packing = sft_fast.Dataset(report.path, report.sources).pack(sequence_length=sequence_length)
@@ -193,8 +170,12 @@ def preprocess(
 
 
 @app.command()
-def train(config_name: ConfigName, overrides: Overrides = None, config_path: ConfigPath = ".") -> None:
+@options.arguments("[KEY=VALUE]...")
+@options.configuration(is_required=True)
+def train(arguments: Sequence[str], config_path: str, config_name: str) -> None:
     """Fine-tune a model; preprocess first what the cache lacks.
+
+    KEY=VALUE: values that replace those of the file.
 
     \b
     Examples:
@@ -202,7 +183,7 @@ def train(config_name: ConfigName, overrides: Overrides = None, config_path: Con
       sft-fast train --config-path configs --config-name my sft_train.training_args.learning_rate=1e-5
       sft-fast train --config-path configs --config-name my resume_from_checkpoint=true
     """
-    config = _load(config_path, config_name, overrides)
+    config = _load(config_path, config_name, arguments)
     try:
         from sft_fast.train.pipeline import SFTPipeline
 
@@ -212,13 +193,13 @@ def train(config_name: ConfigName, overrides: Overrides = None, config_path: Con
 
 
 @app.command()
-def validate(
-    config_name: ConfigName,
-    overrides: Overrides = None,
-    config_path: ConfigPath = ".",
-    num_samples: Annotated[int, typer.Option(min=0, help="Records to render from the first file.")] = 2,
-) -> None:
+@options.arguments("[KEY=VALUE]...")
+@options.number("--num-samples", least=0, default=2, help="Records to render from the first file.")
+@options.configuration(is_required=True)
+def validate(arguments: Sequence[str], num_samples: int, config_path: str, config_name: str) -> None:
     """Check a configuration in seconds: keys, files, template, first records, batch arithmetic.
+
+    KEY=VALUE: values that replace those of the file.
 
     \b
     Examples:
@@ -227,45 +208,31 @@ def validate(
     """
     from sft_fast.check import check_run
 
-    check_run(_load(config_path, config_name, overrides), console.stdout_console(), num_samples)
+    check_run(_load(config_path, config_name, arguments), console.stdout_console(), num_samples)
 
 
 @app.command()
-def inspect(
-    arguments: DatasetOrOverrides = None,
-    sample: Annotated[
-        list[int] | None, typer.Option("--sample", "-s", min=0, help="This sample, from 0; again for more.")
-    ] = None,
-    first: Annotated[int, typer.Option(min=0, help="Number of the first sample.")] = 0,
-    num_samples: Annotated[
-        int, typer.Option("--num-samples", "-n", min=1, help="How many samples, hits or differences.")
-    ] = 3,
-    pack: Annotated[int | None, typer.Option(min=0, help="This pack, from 0, with all its samples.")] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a pack; as preprocessed if not given.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the packs: the data_seed of a run.")] = 42,
-    epoch: Annotated[int, typer.Option(min=0, help="Epoch of the packs, from 0.")] = 0,
-    source: Annotated[
-        str | None, typer.Option(metavar="FILE:LINE", help="What became of the record on a line.")
-    ] = None,
-    search: Annotated[str | None, typer.Option(metavar="TEXT", help="Find a text in all samples.")] = None,
-    diff: Annotated[
-        str | None, typer.Option(metavar="OTHER", help="Compare with another data set of these records.")
-    ] = None,
-    html: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a page with statistics, plots and samples.")
-    ] = None,
-    ids: Annotated[bool, typer.Option("--ids", help="One token a line, with its id.")] = False,
-    tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Tokenizer, if it has moved.")] = None,
-    diff_tokenizer: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Tokenizer of OTHER, if it has moved.")
-    ] = None,
-    as_json: AsJson = False,
-    config_path: ConfigPath = ".",
-    config_name: OptionalConfigName = None,
-) -> None:
+@options.arguments("[DATASET]")
+@options.number("--sample", "-s", least=0, multiple=True, help="This sample, from 0; again for more.")
+@options.number("--first", least=0, default=0, help="Number of the first sample.")
+@options.number("--num-samples", "-n", least=1, default=3, help="How many samples, hits or differences.")
+@options.number("--pack", least=0, help="This pack, from 0, with all its samples.")
+@options.number("--sequence-length", least=1, help="Tokens of a pack; as preprocessed if not given.")
+@options.number("--seed", least=0, default=42, help="Seed of the packs: the data_seed of a run.")
+@options.number("--epoch", least=0, default=0, help="Epoch of the packs, from 0.")
+@options.text("--source", "FILE:LINE", help="What became of the record on a line.")
+@options.text("--search", help="Find a text in all samples.")
+@options.text("--diff", "OTHER", help="Compare with another data set of these records.")
+@options.text("--html", "FILE", help="Write a page with statistics, plots and samples.")
+@click.option("--ids", "with_ids", is_flag=True, help="One token a line, with its id.")
+@options.text("--tokenizer", "DIR", help="Tokenizer, if it has moved.")
+@options.text("--diff-tokenizer", "DIR", help="Tokenizer of OTHER, if it has moved.")
+@options.as_json
+@options.configuration(is_required=False)
+def inspect(arguments: Sequence[str], config_path: str, config_name: str | None, **question: Any) -> None:
     """Show what the model will read, token by token, with what it learns in colour, and where it comes from.
+
+    DATASET: a data set on disk; with --config-name: KEY=VALUE overrides.
 
     \b
     Examples:
@@ -279,35 +246,18 @@ def inspect(
     import sft_fast
     from sft_fast.inspect.command import Question, answer
 
-    question = Question(
-        sample=sample,
-        first=first,
-        num_samples=num_samples,
-        pack=pack,
-        sequence_length=sequence_length,
-        seed=seed,
-        epoch=epoch,
-        source=source,
-        search=search,
-        diff=diff,
-        html=html,
-        tokenizer=tokenizer,
-        diff_tokenizer=diff_tokenizer,
-        with_ids=ids,
-        as_json=as_json,
-    )
     dataset = sft_fast.Dataset(_dataset_path(arguments, config_path, config_name))
-    answer(dataset, question, console.stdout_console())
+    answer(dataset, Question(**question), console.stdout_console())
 
 
 @app.command()
-def verify(
-    arguments: DatasetOrOverrides = None,
-    as_json: AsJson = False,
-    config_path: ConfigPath = ".",
-    config_name: OptionalConfigName = None,
-) -> None:
+@options.arguments("[DATASET]")
+@options.as_json
+@options.configuration(is_required=False)
+def verify(arguments: Sequence[str], as_json: bool, config_path: str, config_name: str | None) -> None:
     """Check the checksums and laws of a data set on disk.
+
+    DATASET: a data set on disk; with --config-name: KEY=VALUE overrides.
 
     \b
     Examples:
@@ -321,20 +271,20 @@ def verify(
     manifest = sft_fast.Dataset(path).manifest
     if as_json:
         names = ("fingerprint", "num_samples", "num_tokens", "num_label_tokens")
-        typer.echo(json.dumps({"path": path, **{name: manifest[name] for name in names}}))
+        click.echo(json.dumps({"path": path, **{name: manifest[name] for name in names}}))
         return
     num_samples, num_tokens = console.count(manifest["num_samples"]), console.count(manifest["num_tokens"])
-    typer.echo(f"{path}: whole, {num_samples} samples, {num_tokens} tokens")
+    click.echo(f"{path}: whole, {num_samples} samples, {num_tokens} tokens")
 
 
 @cache.command("list")
-def cache_list(
-    arguments: CacheDirectory = None,
-    as_json: AsJson = False,
-    config_path: ConfigPath = ".",
-    config_name: OptionalConfigName = None,
-) -> None:
+@options.arguments("[DIR]")
+@options.as_json
+@options.configuration(is_required=False)
+def cache_list(arguments: Sequence[str], as_json: bool, config_path: str, config_name: str | None) -> None:
     """List the data sets in a cache, those used longest ago first, and what killed runs left.
+
+    DIR: the cache; with --config-name: KEY=VALUE overrides.
 
     \b
     Examples:
@@ -345,29 +295,32 @@ def cache_list(
 
     content = list_cache(_cache_path(arguments, config_path, config_name))
     if as_json:
-        typer.echo(json.dumps({**dataclasses.asdict(content), "num_bytes": content.num_bytes}))
+        click.echo(json.dumps({**dataclasses.asdict(content), "num_bytes": content.num_bytes}))
     else:
         console.print_cache(content)
 
 
 @cache.command("prune")
+@options.arguments("[DIR]")
+@options.text("--older-than", "TIME", help="Remove what was not used for 30d, 12h, 2w …")
+@options.text("--max-bytes", "SIZE", help="Remove what was not used for longest, down to 50GB …")
+@click.option("--all", "all_datasets", is_flag=True, help="Remove every data set.")
+@options.flag("--dry-run", help="Only say what would go.")
+@options.as_json
+@options.configuration(is_required=False)
 def cache_prune(
-    arguments: CacheDirectory = None,
-    older_than: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Remove what was not used for 30d, 12h, 2w …")
-    ] = None,
-    max_bytes: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Remove what was not used for longest, down to 50GB …")
-    ] = None,
-    all_datasets: Annotated[bool, typer.Option("--all", help="Remove every data set.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    as_json: AsJson = False,
-    config_path: ConfigPath = ".",
-    config_name: OptionalConfigName = None,
+    arguments: Sequence[str],
+    older_than: str | None,
+    max_bytes: str | None,
+    all_datasets: bool,
+    dry_run: bool,
+    as_json: bool,
+    config_path: str,
+    config_name: str | None,
 ) -> None:
     """Free space in a cache: what killed runs left and damaged data sets always, others as the options say.
 
-    What a process makes or uses stays.
+    What a process makes or uses stays. DIR: the cache; with --config-name: KEY=VALUE overrides.
 
     \b
     Examples:
@@ -384,20 +337,19 @@ def cache_prune(
         dry_run=dry_run,
     )
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report)))
+        click.echo(json.dumps(dataclasses.asdict(report)))
     else:
         console.print_pruned(report)
 
 
 @app.command()
-def export(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory of a run.")],
-    output_dir: Annotated[str, typer.Argument(metavar="DIR", help="Where the model goes.")],
-    adapters_only: Annotated[
-        bool, typer.Option("--adapters-only", help="Write the LoRA adapters as PEFT does, instead of a merged model.")
-    ] = False,
-) -> None:
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.argument("output_dir", metavar="DIR")
+@options.flag("--adapters-only", help="Write the LoRA adapters as PEFT does, instead of a merged model.")
+def export(checkpoint: str, output_dir: str, adapters_only: bool) -> None:
     """Write the model of a checkpoint as an ordinary model directory, with its tokenizer.
+
+    CHECKPOINT: a checkpoint directory of a run. DIR: where the model goes.
 
     \b
     Examples:
@@ -408,20 +360,20 @@ def export(
     except ModuleNotFoundError as error:
         raise _missing_package(error) from error
     export_checkpoint(checkpoint, output_dir, adapters_only=adapters_only)
-    typer.echo(f"the {'adapters are' if adapters_only else 'model is'} in {output_dir}")
+    click.echo(f"the {'adapters are' if adapters_only else 'model is'} in {output_dir}")
 
 
 @app.command()
+@options.arguments("[DIR]")
+@click.option("--train", "for_training", is_flag=True, help="Also fail where something is missing that training needs.")
+@options.as_json
+@options.configuration(is_required=False)
 def doctor(
-    arguments: CacheDirectory = None,
-    for_training: Annotated[
-        bool, typer.Option("--train", help="Also fail where something is missing that training needs.")
-    ] = False,
-    as_json: AsJson = False,
-    config_path: ConfigPath = ".",
-    config_name: OptionalConfigName = None,
+    arguments: Sequence[str], for_training: bool, as_json: bool, config_path: str, config_name: str | None
 ) -> None:
     """Say what this machine can do, what is missing, and how to install it. Status 1 where something does not work.
+
+    DIR: the cache to look at; with --config-name: KEY=VALUE overrides.
 
     \b
     Examples:
@@ -433,17 +385,17 @@ def doctor(
     checks = examine(_cache_path(arguments, config_path, config_name), for_training=for_training)
     is_well = all(check.state != "problem" for check in checks)
     if as_json:
-        typer.echo(json.dumps({"ok": is_well, "checks": [dataclasses.asdict(check) for check in checks]}))
+        click.echo(json.dumps({"ok": is_well, "checks": [dataclasses.asdict(check) for check in checks]}))
     else:
         console.print_checks(checks)
     if not is_well:
-        raise typer.Exit(1)
+        click.get_current_context().exit(1)
 
 
-def _load(config_path: str, config_name: str, overrides: Sequence[str] | None) -> SFTConfig:
+def _load(config_path: str, config_name: str, overrides: Sequence[str]) -> SFTConfig:
     from sft_fast.config import load_config
 
-    config = load_config(config_path, config_name, overrides or ())
+    config = load_config(config_path, config_name, overrides)
     for note in config.notes:
         console.print_note(note)
     return config
@@ -462,16 +414,16 @@ def _preprocess_config(config: SFTConfig) -> dict[str, sft_fast.Report]:
     return reports
 
 
-def _dataset_path(arguments: Sequence[str] | None, config_path: str, config_name: str | None) -> str:
+def _dataset_path(arguments: Sequence[str], config_path: str, config_name: str | None) -> str:
     """The data set that a command is about: its one argument, or the training data of a configuration."""
     if config_name is not None:
         return str(_preprocess_config(_load(config_path, config_name, arguments))["train"].path)
-    if not arguments or len(arguments) != 1:
+    if len(arguments) != 1:
         raise ConfigError("expected one data set", code="usage", hint="give its directory, or --config-name")
     return arguments[0]
 
 
-def _cache_path(arguments: Sequence[str] | None, config_path: str, config_name: str | None) -> str:
+def _cache_path(arguments: Sequence[str], config_path: str, config_name: str | None) -> str:
     """The cache that a command is about: its argument, that of a configuration, or where a configuration has it."""
     if config_name is not None:
         return _load(config_path, config_name, arguments).data_cache_dir
@@ -501,11 +453,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     An error is one text on stderr; with `SFT_FAST_DEBUG=1` its traceback comes first.
     """
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="sft-fast")
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing is left to tell them.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        status = app.main(None if arguments is None else list(arguments), prog_name="sft-fast", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        console.print_error("interrupted; nothing half-done is left")
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if _debug():
             traceback.print_exception(error)
@@ -517,12 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 text += "\n  this is a mistake in sft-fast; SFT_FAST_DEBUG=1 shows where it happened"
         console.print_error(text)
         sys.exit(status)
-    except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, KeyboardInterrupt) or end.code == INTERRUPTED:
-            console.print_error("interrupted; nothing half-done is left")
-            sys.exit(INTERRUPTED)
-        raise
-    sys.exit(0)
+    sys.exit(status or 0)
 
 
 def _debug() -> bool:

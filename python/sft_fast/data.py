@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal
 
-from sft_fast import _core, lease, objects, reference
+from sft_fast import _core, lease, objects
 from sft_fast._core import Progress
 from sft_fast.distributed import RayExecutor
 from sft_fast.errors import ConfigError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # numpy is a large part of the start-up, and preprocessing ne
     import numpy as np
     import pyarrow
     from numpy.typing import NDArray
+
+    from sft_fast import reference
 
 RecordShape = Literal["auto", "fields", "messages", "conversations", "prompt_completion", "text"]
 """How a record says what it says; see docs/data.md."""
@@ -307,6 +309,8 @@ def _preprocess(
             policies=policies, executor=executor, **arguments,
         )  # fmt: skip
         if verify != "none":
+            from sft_fast import reference
+
             comparison = reference.compare(
                 Dataset(path), paths, verify=verify, tokenizer=arguments["tokenizer"], template=arguments["template"],
                 mapping={key: arguments[key] for key in _MAPPED},

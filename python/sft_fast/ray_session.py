@@ -5,10 +5,8 @@ Ray is imported only where it is asked for.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import socket
 from typing import Any
 
 from sft_fast.errors import ConfigError
@@ -43,6 +41,8 @@ def connect(address: str | None) -> tuple[Any, bool]:
         ConfigError: No cluster answers.
         ModuleNotFoundError: Ray is not installed.
     """
+    import logging
+
     import ray
 
     if ray.is_initialized():
@@ -77,6 +77,8 @@ def _probe(address: str) -> None:
         if address != "auto":
             raise _no_cluster(address, "expected HOST:PORT, auto or local")
         return
+    import socket
+
     try:
         socket.create_connection((match[1], int(match[2])), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:

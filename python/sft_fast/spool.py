@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -38,6 +37,8 @@ class Spool(PathLike[str]):
             if is_shared:
                 self._file, self._path = _shared_file(directory)
             else:
+                import tempfile  # a tenth of the start-up, and few inputs need a spool
+
                 self._file = tempfile.TemporaryFile(dir=directory, buffering=_BUFFER_BYTES)  # noqa: SIM115  # by __exit__
         except OSError as error:
             raise FileError(f"could not keep records here: {error.strerror}", path=str(directory)) from error
@@ -81,6 +82,8 @@ class Spool(PathLike[str]):
 
 def _shared_file(directory: Path) -> tuple[IO[bytes], Path]:
     """A file with a name, locked as long as this process lives."""
+    import tempfile
+
     for path in directory.glob(f"{_SHARED}*"):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a process that lives, this fails

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class Question:
     """The options of the command; at most one of `sample`, `pack`, `source`, `search`, `diff` and `html` is given."""
 
-    sample: list[int] | None = None
+    sample: Sequence[int] = ()
     first: int = 0
     num_samples: int = 3
     pack: int | None = None
@@ -48,7 +49,7 @@ def answer(dataset: sft_fast.Dataset, question: Question, console: Console) -> N
         DatasetError: the other data set is damaged.
     """
     names = ("sample", "pack", "source", "search", "diff", "html")
-    given = [name for name in names if getattr(question, name) not in (None, [])]
+    given = [name for name in names if getattr(question, name) not in (None, ())]
     if len(given) > 1:
         raise ConfigError(f"expected one of --{' and --'.join(given)}, found both", code="usage")
     answers = {"pack": _pack, "source": _source, "search": _search, "diff": _diff, "html": _html}
@@ -67,7 +68,7 @@ def _samples(dataset: sft_fast.Dataset, question: Question, console: Console) ->
     _show(dataset, numbers, question, console)
 
 
-def _show(dataset: sft_fast.Dataset, numbers: list[int], question: Question, console: Console, **more: Any) -> None:
+def _show(dataset: sft_fast.Dataset, numbers: Sequence[int], question: Question, console: Console, **more: Any) -> None:
     if question.as_json:
         check_numbers(numbers, len(dataset), "sample", "data set")
         reader = _reader(dataset, question)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -39,7 +39,7 @@ def show_samples(
     dataset: sft_fast.Dataset,
     console: Console,
     *,
-    numbers: list[int],
+    numbers: Sequence[int],
     tokenizer: str | None = None,
     renamed: Mapping[str, str] | None = None,
     with_ids: bool = False,
@@ -67,7 +67,7 @@ def show_samples(
     console.print(legend(in_colour=has_colours(console)), soft_wrap=True)
 
 
-def check_numbers(numbers: list[int], length: int, what: str, whole: str) -> None:
+def check_numbers(numbers: Sequence[int], length: int, what: str, whole: str) -> None:
     """Raises a `ConfigError` for a number, counted from 0, that is not there."""
     for number in numbers:
         if not 0 <= number < length:
