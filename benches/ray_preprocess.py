@@ -71,9 +71,9 @@ def child(arguments: dict[str, Any]) -> None:
         setattr(distributed.RayExecutor, name, counted(getattr(distributed.RayExecutor, name)))
 
     def get_model(part: Any) -> None:
-        distributed._encoder(*part[2:5])
+        distributed._runner(*part[2:5])
 
-    distributed.encode_part = measured_task(distributed.encode_part, get_model)
+    distributed.run_task = measured_task(distributed.run_task, get_model)
     before, start = time.process_time(), time.perf_counter()
     report = sft_fast.preprocess(**arguments, **OPTIONS)
     print(json.dumps({
@@ -144,9 +144,7 @@ def main() -> None:
         f"One process: {one['wall']:.1f} s, {one['cpu']:.1f} core-s, of which hashing {seconds_hashing:.2f}; "
         f"peak {one['peak']:.0f} MB.\n"
     )
-    print(
-        "| nodes | wall s | coordinator core-s | hashing | with Ray | the rest | tasks core-s | peak MB, coordinator | a task |"
-    )
+    print("| nodes | wall s | coordinator core-s | hashing | Ray | the rest | tasks core-s | peak MB | of a task |")
     print("|---|---|---|---|---|---|---|---|---|")
     os.environ[NOTES_VARIABLE] = str(BUILD / "notes")
     for num_nodes in map(int, options.nodes.split(",")):

@@ -433,7 +433,18 @@ def test_no_secret_is_written(load: Any) -> None:
                 "project": "shown-1",
             },
             "system_envs": {"HF_TOKEN": "hidden-5", "MODE": "shown-2"},
-            "sft_train": {**SMALL["sft_train"], "system_envs": {"WANDB_API_KEY": "hidden-6"}},
+            "sft_train": {
+                **SMALL["sft_train"],
+                "system_envs": {"WANDB_API_KEY": "hidden-6"},
+                "data_args": {
+                    **SMALL["sft_train"]["data_args"],
+                    "file_name": [
+                        "https://hidden-7@host/a.jsonl",
+                        {"path": ["https://host/b.jsonl?token=hidden-8"], "weight": 2.0},
+                    ],
+                },
+            },
+            "data_cache_dir": "webdav://me:hidden-9@host/cache",
         }
     )
 
@@ -443,6 +454,7 @@ def test_no_secret_is_written(load: Any) -> None:
     assert "shown-1" in text
     assert "shown-2" in text
     assert "example.org" in text
+    assert "https://***@host/a.jsonl" in text
     assert config.tracker_kwargs["api_key"] == "hidden-1"
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import sft_fast
 from sft_fast import distributed
-from sft_fast._core import PartEncoder
+from sft_fast._core import TaskRunner
 from sft_fast.cache import list_cache, prune_cache
 from sft_fast.errors import ClusterError
 from tests.conftest import make_tokenizer_dir
@@ -28,39 +28,37 @@ KNOBS: dict[str, int] = {"part_bytes": 60_000, "max_shard_tokens": 20_000}
 
 
 class Executor:
-    """Has parts encoded in this process, in any order; the methods are those of `RayExecutor`."""
+    """Does tasks in this process, in any order; the methods are those of `RayExecutor`."""
 
     made: "list[Executor]" = []  # noqa: RUF012  # the last is that of the last call
 
     def __init__(self, address: str, num_threads: int | None = None) -> None:
         self.address, self.num_threads = address, num_threads
-        self.directory, self.parts, self.numbers = "", {}, list[int]()  # type: ignore[var-annotated]
+        self.directory, self.tasks, self.names = "", dict[int, tuple[str, str]](), list[str]()
         self.made.append(self)
         self.random = random.Random(len(self.made))
 
     def begin(self, directory: str, tokenizer: str, template: str, template_date: str) -> None:
-        """Takes note of the arguments of all parts."""
-        self.directory, self.encoder = str(directory), PartEncoder(tokenizer, template, template_date)
+        """Takes note of the arguments of all tasks."""
+        self.directory, self.runner = str(directory), TaskRunner(tokenizer, template, template_date)
 
-    def submit(self, number: int, part: str) -> None:
-        """Takes a part."""
-        self.parts[number] = part
+    def submit(self, number: int, name: str, task: str) -> None:
+        """Takes a task."""
+        self.tasks[number] = name, task
 
-    def poll(self) -> tuple[list[int], int]:
-        """Encodes some of the parts."""
-        numbers = self.random.sample(sorted(self.parts), min(len(self.parts), 2))
-        for number in numbers:
-            self.encode(self.parts.pop(number), number)
-        return numbers, 7 - len(self.parts)
+    def poll(self) -> tuple[list[tuple[int, str]], int]:
+        """Does some of the tasks."""
+        numbers = self.random.sample(sorted(self.tasks), min(len(self.tasks), 2))
+        return [(number, self.run(*self.tasks.pop(number))) for number in numbers], max(0, 7 - len(self.tasks))
 
-    def encode(self, part: str, number: int) -> None:
-        """Encodes a part."""
-        self.numbers.append(number)
-        self.encoder.encode(part, self.directory, self.num_threads, "unique")
+    def run(self, name: str, task: str) -> str:
+        """Does a task."""
+        self.names.append(name)
+        return self.runner.run(task, self.directory, self.num_threads, "unique")
 
     def stop(self) -> None:
         """Gives up what was not begun."""
-        self.parts = {}
+        self.tasks = {}
 
     close = stop
 
@@ -117,7 +115,12 @@ def test_parts_make_the_same_bytes(
     with knobs(max_shard_tokens=20_000, part_bytes=part_bytes):
         parts = sft_fast.preprocess(files, tmp_path / "parts", ray_address="x", num_threads=2, **options)
 
-    assert len(Executor.made[-1].numbers) > 2
+    names = Executor.made[-1].names
+    assert sum(name.startswith("part ") for name in names) > 2
+    num_shards = len(list((tmp_path / "one").glob("shard-*")))
+    assert sorted(name for name in names if name.startswith("shard-")) == [
+        f"shard-{number:05}.safetensors" for number in range(num_shards)
+    ]
     assert contents(tmp_path / "parts") == contents(tmp_path / "one")
     assert (parts.fingerprint, parts.rejected_by_reason) == (one.fingerprint, one.rejected_by_reason)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "parts"]
@@ -139,13 +142,13 @@ def test_the_first_wrong_record_is_named(files: list[Path], tokenizer_dir: Path,
 
 
 class Failing(Executor):
-    """Is lost after a few parts."""
+    """Is lost after a few tasks."""
 
-    def encode(self, part: str, number: int) -> None:
-        """Encodes a part, if it is among the first."""
-        if len(self.numbers) == 5:
+    def run(self, name: str, task: str) -> str:
+        """Does a task, if it is among the first."""
+        if len(self.names) == 5:
             raise ClusterError("all machines are gone")
-        super().encode(part, number)
+        return super().run(name, task)
 
 
 def test_what_is_done_is_found_again(
@@ -157,15 +160,15 @@ def test_what_is_done_is_found_again(
     in_parts(Failing)
     with knobs(**KNOBS), pytest.raises(ClusterError, match="all machines are gone"):
         sft_fast.ensure_dataset(files, cache, ray_address="x", **options)
-    done = set(Executor.made[-1].numbers)
+    done = {name for name in Executor.made[-1].names if name.startswith("part ")}
     [leftover] = list_cache(cache).leftovers
     assert ".parts-" in leftover.path
-    assert len(list(Path(leftover.path).iterdir())) == len(done) == 5
+    assert len(list(Path(leftover.path).glob("part-??????"))) == len(done) > 3
 
     in_parts(Executor)
     with knobs(**KNOBS):
         report = sft_fast.ensure_dataset(files, cache, ray_address="x", **options)
-    assert not done & set(Executor.made[-1].numbers)
+    assert not done & set(Executor.made[-1].names)
     assert list_cache(cache).leftovers == ()
     with knobs(max_shard_tokens=20_000):
         sft_fast.preprocess(files, tmp_path / "one", **options)
@@ -205,17 +208,22 @@ def test_a_damaged_part_is_made_again(
     class Damaging(Executor):
         """Changes a byte of the fourth part."""
 
-        def encode(self, part: str, number: int) -> None:
-            super().encode(part, number)
-            if number == 3:
+        place = 0.0
+
+        def run(self, name: str, task: str) -> str:
+            result = super().run(name, task)
+            if name == "part 3":
                 path = Path(self.directory, "part-000003")
                 content = bytearray(path.read_bytes())
-                content[len(content) // 2] ^= 1
+                content[int(len(content) * self.place)] ^= 1
                 path.write_bytes(content)
+            return result
 
-    in_parts(Damaging)
-    with knobs(**KNOBS), pytest.raises(sft_fast.DatasetError, match="found it damaged"):
-        sft_fast.preprocess(files, tmp_path / "out", ray_address="x", **options)
+    for place in (0.0, 0.4, 0.6, 0.9):  # in what is put in order, in token ids, and in the index
+        Damaging.place = place
+        in_parts(Damaging)
+        with knobs(**KNOBS), pytest.raises(sft_fast.DatasetError, match="found it damaged"):
+            sft_fast.preprocess(files, tmp_path / "out", ray_address="x", **options)
     in_parts(Executor)
     with knobs(**KNOBS):
         sft_fast.preprocess(files, tmp_path / "out", ray_address="x", **options)
@@ -246,11 +254,11 @@ class Elsewhere(Executor):
 
     change: Callable[[dict[str, Any]], object] = len
 
-    def encode(self, part: str, number: int) -> None:
-        """Encodes a part after the change."""
-        value = json.loads(part)
+    def run(self, name: str, task: str) -> str:
+        """Does a task after the change."""
+        value = json.loads(task)
         type(self).change(value)
-        super().encode(json.dumps(value), number)
+        return super().run(name, json.dumps(value))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +370,7 @@ def test_a_run_of_a_killed_coordinator_goes_on(
     with knobs(**KNOBS):
         sft_fast.preprocess(many_records, tmp_path / "out", ray_address=three_nodes.address, **options)
     num_parts = -(-many_records.stat().st_size // KNOBS["part_bytes"])
-    assert 0 < sum(executors[0].num_parts_by_host.values()) <= num_parts - len(done)
+    assert 0 < sum(executors[0].num_tasks_by_host.values()) <= num_parts - len(done)
     with knobs(max_shard_tokens=20_000):
         sft_fast.preprocess(many_records, tmp_path / "one", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
@@ -403,7 +411,7 @@ def test_a_task_that_dies_each_time_ends_the_run(
     def die(*_: Any) -> Any:
         os._exit(1)
 
-    monkeypatch.setattr(distributed, "encode_part", die)
+    monkeypatch.setattr(distributed, "run_task", die)
     monkeypatch.setattr(distributed, "MAX_ATTEMPTS", 2)
     with knobs(**KNOBS), pytest.raises(ClusterError, match=f"in {distributed.MAX_ATTEMPTS} attempts") as caught:
         sft_fast.preprocess(

@@ -16,6 +16,7 @@ CORE = ROOT / "rust" / "core" / "src"
 # From the bottom up. A unit (a module or a package below `sft_fast`; "" is `sft_fast` itself) imports only from lower
 # ones, and from itself.
 PYTHON_LAYERS = [
+    {"redact"},
     {"errors", "lease"},
     {"_core", "configs", "options"},
     {"mixing"},

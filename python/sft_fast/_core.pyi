@@ -15,9 +15,9 @@ __all__ = [
     "Conversations",
     "Dataset",
     "Packing",
-    "PartEncoder",
     "Progress",
     "Steps",
+    "TaskRunner",
     "__version__",
     "cpu_features",
     "engine_level",
@@ -87,11 +87,11 @@ def preprocess(
 ) -> tuple[str, str, bool, int, float, str | None]: ...
 
 @final
-class PartEncoder:
-    """Encodes parts of an input for a `preprocess` of another process, which gave them to its executor."""
+class TaskRunner:
+    """Does tasks of a `preprocess` of another process, which gave them to its executor."""
 
-    def __new__(cls, tokenizer: str, template: str, template_date: str) -> PartEncoder: ...
-    def encode(self, part: str, directory: str, num_threads: int | None, unique: str) -> None: ...
+    def __new__(cls, tokenizer: str, template: str, template_date: str) -> TaskRunner: ...
+    def run(self, task: str, directory: str, num_threads: int | None, unique: str) -> str: ...
 
 @final
 class ChatTemplate:

@@ -18,6 +18,7 @@ import click
 
 from sft_fast import console, options
 from sft_fast.errors import ConfigError, SftFastError, TrainError
+from sft_fast.redact import without_secrets
 
 if TYPE_CHECKING:
     import sft_fast
@@ -271,10 +272,10 @@ def verify(arguments: Sequence[str], as_json: bool, config_path: str, config_nam
     manifest = sft_fast.Dataset(path).manifest
     if as_json:
         names = ("fingerprint", "num_samples", "num_tokens", "num_label_tokens")
-        click.echo(json.dumps({"path": path, **{name: manifest[name] for name in names}}))
+        click.echo(json.dumps({"path": without_secrets(str(path)), **{name: manifest[name] for name in names}}))
         return
     num_samples, num_tokens = console.count(manifest["num_samples"]), console.count(manifest["num_tokens"])
-    click.echo(f"{path}: whole, {num_samples} samples, {num_tokens} tokens")
+    click.echo(f"{without_secrets(str(path))}: whole, {num_samples} samples, {num_tokens} tokens")
 
 
 @cache.command("list")

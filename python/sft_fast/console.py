@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from sft_fast.redact import without_secrets
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, Task
@@ -220,7 +222,7 @@ def print_reports(reports: Mapping[str, Report], plans: Mapping[str, Mapping[str
     for name, report in reports.items():
         print_report(stdout_console(), report, name or "preprocessed", plan_rows(**plans[name]))
         if report.num_rejected:
-            print_note(f"what was left out, and why: rejected.jsonl in {report.path}")
+            print_note(f"what was left out, and why: rejected.jsonl in {without_secrets(report.path)}")
         if report.why_not_fast and not report.reused:
             print_note(f"the slower tokenizers library encoded: {report.why_not_fast}")
 
@@ -252,7 +254,7 @@ def report_table(report: Report, title: str, more: Sequence[tuple[str, str]] = (
             *more,
             *([("object storage", transferred(report.transfer))] if not report.transfer.is_nothing else []),
             ("time", "found in the cache" if report.reused else f"{seconds(report.seconds)}, {rate:.1f} MB/s"),
-            ("data set", str(report.path)),
+            ("data set", without_secrets(report.path)),
         ],
     )
 

@@ -1,13 +1,15 @@
 """Every exception that sft-fast raises on purpose: one root, one leaf for each kind of cause.
 
 Each leaf is also the standard exception that a caller would expect (`ValueError`, `OSError`, `RuntimeError`), so
-code that knows nothing of sft-fast still catches it. The Rust extension imports these classes and raises them. This
-module imports nothing of the project.
+code that knows nothing of sft-fast still catches it. The Rust extension imports these classes and raises them.
+Credentials inside addresses are left out of all that an error says.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+from sft_fast.redact import without_secrets
 
 
 class SftFastError(Exception):
@@ -48,14 +50,15 @@ class SftFastError(Exception):
         location: str | None = None,
         hint: str | None = None,
     ) -> None:
+        message = without_secrets(message)
         super().__init__(message)
         self.message = message
         self.code = self.default_code if code is None else code
-        self.path = path
+        self.path = None if path is None else without_secrets(path)
         self.line = line
         self.column = column
         self.location = location
-        self.hint = hint
+        self.hint = None if hint is None else without_secrets(hint)
 
     def __str__(self) -> str:
         """The whole text: `path:line:column: message (at location)`, then the hint on indented lines of its own."""

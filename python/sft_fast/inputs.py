@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sft_fast import objects
 from sft_fast.errors import FileError, SftFastError
+from sft_fast.redact import without_secrets
 from sft_fast.spool import Spool, existing_parent
 from sft_fast.tables import PREFIX, Batches, dataset_batches, is_saved_dataset, json_lines, parquet_batches
 
@@ -156,7 +157,7 @@ def _add_address(address: str, inputs: Inputs) -> None:
     from sft_fast.objects.files import named
 
     files, members, directories = named(address, inputs.transfer)
-    inputs.files += [Input(file, file) for file in files]
+    inputs.files += [Input(file, without_secrets(file)) for file in files]
     if not files:
         entries = [(member, False) for member in members] + [(below, True) for below in directories]
         _add_members(address, sorted(entries), inputs)
@@ -175,7 +176,7 @@ def _add_members(directory: str, members: Sequence[tuple[str, bool]], inputs: In
         name = path.rstrip("/").rpartition("/")[2]
         is_record = _RECORDS.fullmatch(name) and name not in _METADATA and not name.startswith(".")
         if is_record and not is_directory:
-            inputs.files.append(Input(path, path) if objects.is_address(path) else _file(path))
+            inputs.files.append(Input(path, without_secrets(path)) if objects.is_address(path) else _file(path))
         else:
             skipped.append(path + "/" * is_directory)
     if len(inputs.files) == num_before:
@@ -185,7 +186,7 @@ def _add_members(directory: str, members: Sequence[tuple[str, bool]], inputs: In
             path=directory,
             hint="files below it can be named by a glob, such as 'DIR/**/*.jsonl'",
         )
-    inputs.skipped += skipped
+    inputs.skipped += map(without_secrets, skipped)
 
 
 def _file(path: str, name: str | None = None) -> Input:

@@ -15,6 +15,7 @@ from typing import Any
 
 from sft_fast import _core
 from sft_fast.errors import ConfigError
+from sft_fast.redact import without_query
 
 Path = str | PathLike[str]
 Files = Path | Mapping[str, Any] | Sequence[Path | Mapping[str, Any]]
@@ -167,7 +168,9 @@ def _entry(value: Path | Mapping[str, Any], location: str) -> Entry:
 def _default_name(path: Path) -> str:
     """A name for a file: without its directory and endings, or, of a glob, what its text says besides."""
     is_path = isinstance(path, str | PurePath)
-    text = fspath(path) if is_path else str(getattr(path, "name", "data"))  # of records in memory: what they are called
+    text = (
+        without_query(fspath(path)) if is_path else str(getattr(path, "name", "data"))
+    )  # of records in memory: what they are called
     parts = [re.sub(r"(\.(jsonl|json|gz|zst|zstd|parquet|csv|arrow))+$", "", part) for part in text.split("/")]
     named = (re.sub(r"\[.*?\]|[*?]", "", part).strip(" -_.") for part in reversed(parts))
     return re.sub(r"\s+", "-", next((part for part in named if part), "data"))

@@ -26,6 +26,7 @@ from sft_fast.config.roll import NOT_ACTED_ON, take_out
 from sft_fast.config.schema import SFTConfig
 from sft_fast.config.values import build, field_types, nearest_key
 from sft_fast.errors import ConfigError, FileError
+from sft_fast.redact import MASK, without_secrets
 
 PACKAGED_CONFIGS = "sft_fast.configs"
 
@@ -33,8 +34,6 @@ PACKAGED_CONFIGS = "sft_fast.configs"
 COMMAND_LINE = "command line"
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth|cookie", re.IGNORECASE)
-_SECRET_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-_MASK = "***"
 
 
 class _PackagedGroups(SearchPathPlugin):
@@ -78,11 +77,12 @@ def load_config(config_path: str | os.PathLike[str], config_name: str, overrides
 
 
 def resolved_yaml(config: SFTConfig) -> str:
-    """The configuration as YAML that `load_config` reads back, with secrets in trackers and environments masked."""
+    """The configuration as YAML that `load_config` reads back, without what is secret in it."""
     values = config.to_dict()
     for group in (values, values["sft_train"]):
         group["system_envs"] = _masked(group["system_envs"])
     values["tracker_kwargs"] = _masked(values["tracker_kwargs"])
+    values = _masked(values, by_name=False)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -195,13 +195,15 @@ def _add_position(error: ConfigError, file: Path, overrides: Sequence[str]) -> N
         error.line, error.column = mark.line + 1, mark.column + 1
 
 
-def _masked(value: Any) -> Any:
-    """The value with what looks like a secret, by its name or inside an address, replaced."""
+def _masked(value: Any, *, by_name: bool = True) -> Any:
+    """The value with what looks like a secret, inside an address or by its name, replaced."""
     if isinstance(value, Mapping):
         return {
-            name: _MASK if _SECRET_NAME.search(str(name)) and inner not in (None, "") else _masked(inner)
+            name: MASK
+            if by_name and _SECRET_NAME.search(str(name)) and inner not in (None, "")
+            else _masked(inner, by_name=by_name)
             for name, inner in value.items()
         }
     if isinstance(value, list):
-        return [_masked(inner) for inner in value]
-    return _SECRET_IN_URL.sub(_MASK, value) if isinstance(value, str) else value
+        return [_masked(inner, by_name=by_name) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value

@@ -21,6 +21,7 @@ from pathlib import Path
 from sft_fast import lease
 from sft_fast.cache import parse_size
 from sft_fast.errors import ConfigError, FileError
+from sft_fast.redact import without_secrets
 
 DIRECTORY_VARIABLE = "SFT_FAST_OBJECT_CACHE"
 SIZE_VARIABLE = "SFT_FAST_OBJECT_CACHE_BYTES"
@@ -169,7 +170,7 @@ class ObjectCache:
         return Held(target / CONTENT_NAME, use, was_there)
 
     def _publish(self, part: Path, target: Path, num_bytes: int, address: str) -> None:
-        note = {"address": address, "num_bytes": num_bytes, "files": _sizes(part / CONTENT_NAME)}
+        note = {"address": without_secrets(address), "num_bytes": num_bytes, "files": _sizes(part / CONTENT_NAME)}
         with (part / _NOTE_NAME).open("w", encoding="utf-8") as file:
             json.dump(note, file)
             file.flush()

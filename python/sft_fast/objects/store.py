@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from sft_fast.errors import ConfigError, FileError, SftFastError
 from sft_fast.objects.transfer import Transfer
+from sft_fast.redact import has_secrets, without_secrets
 
 Result = TypeVar("Result")
 logger = logging.getLogger("sft_fast.objects")
@@ -81,6 +82,11 @@ class Store:
         self._transfer = transfer
         protocol = address.partition("://")[0].lower()
         package = f"sft-fast[{_PACKAGES.get(protocol, 's3')}]"
+        if protocol in _PACKAGES and "@" in address.split("/")[2]:
+            raise ConfigError(
+                "expected a bucket, found credentials in the address", code="unknown_value", path=address,
+                hint="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, or a role; of Google, its own ways",
+            )  # fmt: skip
         try:
             import fsspec
             import fsspec.core
@@ -216,7 +222,9 @@ class Store:
             except _HOPELESS as error:
                 if isinstance(error, FileNotFoundError) and what != "write":  # which needs a bucket
                     raise
-                raise FileError(f"could not {what} this: {_said(error)}", code="storage", path=address) from error
+                raise FileError(f"could not {what} this: {_said(error)}", code="storage", path=address) from _cause(
+                    error, address
+                )
             except Exception as error:
                 if isinstance(error, SftFastError) or not _is_of_a_request(error):
                     raise
@@ -224,17 +232,17 @@ class Store:
                     raise FileError(
                         f"could not {what} this: {_said(error)}", code="no_credentials", path=address,
                         hint="the usual ways: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, a role",
-                    ) from error  # fmt: skip
+                    ) from _cause(error, address)  # fmt: skip
                 if wait is None or not _may_pass(error):
                     tries = f" in {number} tries" if number > 1 else ""
                     raise FileError(
                         f"could not {what} this{tries}: {_said(error)}",
                         code="not_whole" if _is_not_whole(error) else "storage", path=address,
-                    ) from error  # fmt: skip
+                    ) from _cause(error, address)  # fmt: skip
                 self._transfer.count(retries=1)
                 logger.warning(
                     "could not %s %s (%s); trying again in %.1f s, %d of %d",
-                    what, address, _said(error), wait, number + 1, NUM_TRIES,
+                    what, without_secrets(address), _said(error), wait, number + 1, NUM_TRIES,
                 )  # fmt: skip
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
@@ -297,10 +305,15 @@ def _status(error: BaseException | None) -> int | None:
 
 def _said(error: BaseException) -> str:
     """An error in one line."""
-    name, text = type(error).__name__, " ".join(str(error).split())[:300]
+    name, text = type(error).__name__, " ".join(without_secrets(str(error)).split())[:300]
     if isinstance(error, NotWholeError):
         return text
     return f"{name}: {text}" if text else name
+
+
+def _cause(error: Exception, address: str) -> Exception | None:
+    """The error for a traceback; None where it may say what is secret in the address."""
+    return None if has_secrets(address) else error
 
 
 def _md5(info: dict[str, Any]) -> str | None:

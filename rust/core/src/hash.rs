@@ -26,6 +26,22 @@ pub fn sha256_of_file(path: &Path) -> Result<String> {
     }
 }
 
+/// SHA-256 of bytes that come one after the other.
+#[derive(Default)]
+pub struct Sha256Writer(Sha256);
+
+impl Sha256Writer {
+    /// Adds bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The hash of all.
+    pub fn finish(self) -> String {
+        hex(self.0)
+    }
+}
+
 fn hex(hasher: Sha256) -> String {
     hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -23,7 +23,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<packing::Packing>()?;
     module.add_class::<packing::Steps>()?;
     module.add_class::<template::ChatTemplate>()?;
-    module.add_class::<preprocess::PartEncoder>()?;
+    module.add_class::<preprocess::TaskRunner>()?;
     module.add_class::<preprocess::Progress>()?;
     module.add_function(wrap_pyfunction!(preprocess::preprocess, module)?)?;
     module.add_function(wrap_pyfunction!(cpu::cpu_features, module)?)?;

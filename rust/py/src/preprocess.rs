@@ -1,4 +1,4 @@
-//! `preprocess`: one call that makes a dataset; `PartEncoder`: what other processes do for it.
+//! `preprocess`: one call that makes a dataset; `TaskRunner`: what other processes do for it.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -161,8 +161,8 @@ impl Executor for PythonExecutor<'_, '_> {
         self.call.borrow_mut()(&|py| self.object.call_method1(py, "begin", arguments).map(drop))
     }
 
-    fn submit(&mut self, number: u64, part: String) -> sft_fast_core::Result<()> {
-        self.call.borrow_mut()(&|py| self.object.call_method1(py, "submit", (number, &part)).map(drop))
+    fn submit(&mut self, number: u64, name: &str, task: String) -> sft_fast_core::Result<()> {
+        self.call.borrow_mut()(&|py| self.object.call_method1(py, "submit", (number, name, &task)).map(drop))
     }
 
     fn poll(&mut self) -> sft_fast_core::Result<Polled> {
@@ -180,30 +180,30 @@ impl Executor for PythonExecutor<'_, '_> {
     }
 }
 
-/// Encodes parts of an input: see `sft_fast.distributed`.
+/// Does parts of the work of another process: see `sft_fast.distributed`.
 #[pyclass(frozen, module = "sft_fast._core")]
-pub struct PartEncoder {
+pub struct TaskRunner {
     model: Model,
 }
 
 #[pymethods]
-impl PartEncoder {
+impl TaskRunner {
     #[new]
     fn new(py: Python<'_>, tokenizer: PathBuf, template: String, template_date: &str) -> PyResult<Self> {
         let model = py.detach(|| Model::load(&tokenizer, &template, Some(template_date)));
         model.map(|model| Self { model }).map_err(|error| to_python(py, &error))
     }
 
-    /// Writes what comes of a part into `directory`.
-    fn encode(
+    /// Writes what comes of a task into `directory`, and returns what is to be known of it.
+    fn run(
         &self,
         py: Python<'_>,
-        part: &str,
+        task: &str,
         directory: PathBuf,
         num_threads: Option<NonZero<usize>>,
         unique: &str,
-    ) -> PyResult<()> {
-        py.detach(|| core::encode_part(part, &self.model, &directory, num_threads, unique))
+    ) -> PyResult<String> {
+        py.detach(|| core::run_task(task, &self.model, &directory, num_threads, unique))
             .map_err(|error| to_python(py, &error))
     }
 }

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 
 use super::Progress;
 use super::duplicates::Seen;
+use super::frames::{Ids, Piece};
 use super::schedule::{Job, Schedule};
 use super::worker::{Batch, Event, SegmentResult};
 use crate::conversation::ShapeCounts;
@@ -47,12 +48,24 @@ impl Counts {
 
 /// A shard that is being filled, or whose tokens are being stored.
 struct OpenShard {
-    writer: Arc<ShardWriter>,
+    /// Where this process stores the tokens, once there are some for it.
+    writer: Option<Arc<ShardWriter>>,
+    /// The tokens that another process is to store.
+    pieces: Vec<Piece>,
     index: ShardIndex,
     max_tokens: usize,
     /// Stores that were ordered and are not done.
     num_stores: usize,
     is_full: bool,
+}
+
+/// A shard that another process is to write.
+pub struct ShardElsewhere {
+    pub number: usize,
+    pub token_type: TokenType,
+    pub index: ShardIndex,
+    /// Where its tokens are, in order.
+    pub pieces: Vec<Piece>,
 }
 
 /// Takes what the threads did, puts it in order and tells them where it goes.
@@ -61,7 +74,7 @@ pub struct Collector {
     directory: PathBuf,
     counts: Counts,
     /// Batches that came before their turn.
-    waiting: BTreeMap<u64, Batch>,
+    waiting: BTreeMap<u64, Box<Batch>>,
     next_sequence: u64,
     num_bytes: u64,
     file: u32,
@@ -71,6 +84,8 @@ pub struct Collector {
     open: BTreeMap<usize, OpenShard>,
     /// For each shard that was begun what it holds, once that is known.
     shards: Vec<Option<ShardInfo>>,
+    /// Shards that are full, for others to write.
+    elsewhere: Vec<ShardElsewhere>,
     syncer: Syncer,
     /// Records that came so far, where duplicates are dropped.
     seen: Seen,
@@ -100,6 +115,7 @@ impl Collector {
             token_type,
             open: BTreeMap::new(),
             shards: Vec::new(),
+            elsewhere: Vec::new(),
             syncer: Syncer::start(),
             seen: Seen::default(),
             rejected: Listing::create(directory, REJECTED_NAME)?,
@@ -115,7 +131,7 @@ impl Collector {
                 self.waiting.insert(batch.sequence, batch);
                 while let Some(batch) = self.waiting.remove(&self.next_sequence) {
                     self.next_sequence += 1;
-                    self.append(batch, schedule)?;
+                    self.append(*batch, schedule)?;
                     schedule.advance();
                 }
             }
@@ -135,6 +151,19 @@ impl Collector {
         Ok(())
     }
 
+    /// The shards that are full since, for others to write; each comes back by [`put`](Self::put).
+    pub fn take_elsewhere(&mut self) -> Vec<ShardElsewhere> {
+        std::mem::take(&mut self.elsewhere)
+    }
+
+    /// Takes the file of a shard that another process wrote, which is on disk.
+    pub fn put(&mut self, number: usize, path: &Path, info: ShardInfo) -> Result<()> {
+        let target = self.directory.join(shard_name(number));
+        std::fs::rename(path, &target).map_err(|error| Error::io("rename", path, &error))?;
+        self.shards[number] = Some(info);
+        Ok(())
+    }
+
     /// Whether the whole input is in shards that are complete.
     pub fn is_complete(&self, schedule: &Schedule) -> bool {
         schedule.num_chunks() == Some(self.next_sequence) && self.shards.iter().all(Option::is_some)
@@ -146,14 +175,14 @@ impl Collector {
         }
         let path = |file: u32| self.counts.files[file as usize].path.clone();
         self.seen.drop_duplicates(&mut batch, self.num_newlines, path);
-        for error in batch.rejects {
+        for error in std::mem::take(&mut batch.rejects) {
             self.reject(&in_file(error, self.num_newlines))?;
         }
         if let Some(error) = batch.fatal {
             return Err(in_file(error, self.num_newlines));
         }
-        let mut ids = std::mem::take(&mut batch.ids);
-        self.counts.num_tokens += ids.len() as u64;
+        let mut ids = batch.take_ids();
+        self.counts.num_tokens += batch.samples.iter().map(|sample| u64::from(sample.num_tokens)).sum::<u64>();
         let mut runs = &batch.runs[..];
         // Tokens of the batch that have a place, but are not ordered to be stored there yet.
         let mut num_placed = 0;
@@ -169,7 +198,7 @@ impl Collector {
             let would_overflow = shard.index.num_tokens() + sample.num_tokens as usize > shard.max_tokens;
             if would_overflow && shard.index.num_samples() > 0 {
                 let rest = ids.split_off(num_placed);
-                self.store(ids, schedule);
+                self.store(ids, schedule)?;
                 self.close_shard(schedule);
                 (ids, num_placed) = (rest, 0);
                 shard = self.open_shard()?;
@@ -186,7 +215,7 @@ impl Collector {
             file.num_tokens += u64::from(sample.num_tokens);
             file.num_label_tokens += num_labels;
         }
-        self.store(ids, schedule);
+        self.store(ids, schedule)?;
         for segment in &batch.segments {
             self.list(segment)?;
         }
@@ -240,10 +269,14 @@ impl Collector {
     fn open_shard(&mut self) -> Result<&mut OpenShard> {
         if self.open.last_key_value().is_none_or(|(_, shard)| shard.is_full) {
             let number = self.shards.len();
-            let writer = ShardWriter::create(&self.directory, shard_name(number), self.token_type)?;
-            let index = ShardIndex::default();
-            let max_tokens = self.max_shard_tokens.unwrap_or_else(|| max_tokens(number)) as usize;
-            let shard = OpenShard { writer: writer.into(), index, max_tokens, num_stores: 0, is_full: false };
+            let shard = OpenShard {
+                writer: None,
+                pieces: Vec::new(),
+                index: ShardIndex::default(),
+                max_tokens: self.max_shard_tokens.unwrap_or_else(|| max_tokens(number)) as usize,
+                num_stores: 0,
+                is_full: false,
+            };
             self.open.insert(number, shard);
             self.shards.push(None);
         }
@@ -251,14 +284,23 @@ impl Collector {
     }
 
     /// Orders `ids`, whose samples are the last that the shard took, to be stored.
-    fn store(&mut self, ids: Vec<u32>, schedule: &Schedule) {
-        if let Some((&number, shard)) = self.open.iter_mut().next_back()
-            && !ids.is_empty()
-        {
-            shard.num_stores += 1;
-            let first = shard.index.num_tokens() - ids.len();
-            schedule.add(Job::Store { shard: number, writer: shard.writer.clone(), first, ids });
+    fn store(&mut self, ids: Ids, schedule: &Schedule) -> Result<()> {
+        let Some((&number, shard)) = self.open.iter_mut().next_back() else { return Ok(()) };
+        match ids {
+            Ids::Here(ids) if !ids.is_empty() => {
+                let writer = match &shard.writer {
+                    Some(writer) => writer.clone(),
+                    None => ShardWriter::create(&self.directory, shard_name(number), self.token_type)?.into(),
+                };
+                shard.writer = Some(writer.clone());
+                shard.num_stores += 1;
+                let first = shard.index.num_tokens() - ids.len();
+                schedule.add(Job::Store { shard: number, writer, first, ids });
+            }
+            Ids::Here(_) => {}
+            Ids::There(pieces) => shard.pieces.extend(pieces),
         }
+        Ok(())
     }
 
     /// Lets the shard that is being filled take no more.
@@ -272,9 +314,14 @@ impl Collector {
     /// Orders a shard to be finished, if it is full and all its tokens are stored.
     fn finish_shard(&mut self, number: usize, schedule: &Schedule) {
         if self.open.get(&number).is_some_and(|shard| shard.is_full && shard.num_stores == 0)
-            && let Some(OpenShard { writer, index, .. }) = self.open.remove(&number)
+            && let Some(OpenShard { writer, pieces, index, .. }) = self.open.remove(&number)
         {
-            schedule.add(Job::Finish { shard: number, writer, index });
+            match writer {
+                Some(writer) => schedule.add(Job::Finish { shard: number, writer, index }),
+                None => {
+                    self.elsewhere.push(ShardElsewhere { number, token_type: self.token_type, index, pieces });
+                }
+            }
         }
     }
 

@@ -115,7 +115,8 @@ impl Batch {
         let mut num_rejects = 0;
         let (samples, runs) = (std::mem::take(&mut self.samples), std::mem::take(&mut self.runs));
         let (mut samples, mut runs) = (samples.into_iter(), runs.into_iter());
-        let (mut from, mut to) = (0, 0);
+        let mut kept: Vec<Range<usize>> = Vec::new();
+        let mut from = 0;
         let mut segments = self.segments.iter_mut();
         let (mut segment, mut num_left) = (None, 0);
         for (record, first) in self.records.iter().zip(firsts) {
@@ -129,8 +130,10 @@ impl Batch {
                 let own_runs = runs.by_ref().take(sample.num_runs as usize);
                 if first.is_none() {
                     self.runs.extend(own_runs);
-                    self.ids.copy_within(from..from + num_tokens, to);
-                    to += num_tokens;
+                    match kept.last_mut() {
+                        Some(last) if last.end == from => last.end += num_tokens,
+                        _ => kept.push(from..from + num_tokens),
+                    }
                     self.samples.push(sample);
                 } else {
                     own_runs.for_each(drop);
@@ -151,6 +154,6 @@ impl Batch {
             self.rejects.push(error.with_path(Path::new(&own_path)).with_position(record.position));
         }
         self.rejects.extend(rejects);
-        self.ids.truncate(to);
+        self.keep_ids(&kept);
     }
 }

@@ -1,8 +1,11 @@
 //! Batches in a file, by whoever encoded them, for whoever puts them together: the file of a part.
 //!
-//! One after another lie the frames, each a batch: a head in JSON, then the arrays. An index of them follows, and its length
-//! and hash. Every frame has a hash too, so that nothing is taken from a file that a network storage has damaged. The file
-//! has its name from the moment at which it is whole and on disk.
+//! One after another lie the frames, each a batch: a head in JSON and the arrays, the token ids last. An index of them follows,
+//! and its length and hash. Every frame has hashes too, so that nothing is taken from a file that a network storage has damaged.
+//! The file has its name from the moment at which it is whole and on disk.
+//!
+//! Token ids are most of a file, and whoever puts batches in order needs none of them: it takes them for [`Piece`]s, which are
+//! read when a shard is written.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -17,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::worker::{Batch, BatchSample};
 use crate::error::{Error, ErrorKind, Result};
 
-const MAGIC: &[u8; 16] = b"sft-fast part 1\n";
+const MAGIC: &[u8; 16] = b"sft-fast part 2\n";
 /// What comes behind the index: its length, its hash and [`MAGIC`].
 const TAIL_BYTES: usize = 8 + 32 + MAGIC.len();
 
@@ -29,14 +32,119 @@ struct Frame {
     num_ids: usize,
     num_runs: usize,
     num_samples: usize,
+    /// Of all but the token ids, and of those.
     blake3: String,
+    ids_blake3: String,
 }
 
-/// The file of a part that is being written, under a name of its own: of two that write the same part, each has another.
-pub struct FrameWriter {
+/// Token ids that are in a frame.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// Number of the part.
+    pub part: u64,
+    /// Number of the frame in the file of the part.
+    pub frame: usize,
+    /// Which ids of the frame.
+    pub ids: Range<usize>,
+}
+
+/// Token ids in memory, or where they are.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ids {
+    Here(Vec<u32>),
+    There(Vec<Piece>),
+}
+
+impl Ids {
+    /// Takes the ids from number `at` on away.
+    pub fn split_off(&mut self, mut at: usize) -> Self {
+        match self {
+            Self::Here(ids) => Self::Here(ids.split_off(at)),
+            Self::There(pieces) => {
+                let mut number = 0;
+                while number < pieces.len() && pieces[number].ids.len() <= at {
+                    at -= pieces[number].ids.len();
+                    number += 1;
+                }
+                let mut rest = pieces.split_off(number);
+                if let Some(first) = rest.first_mut()
+                    && at > 0
+                {
+                    let border = first.ids.start + at;
+                    pieces.push(Piece { ids: first.ids.start..border, ..first.clone() });
+                    first.ids.start = border;
+                }
+                Self::There(rest)
+            }
+        }
+    }
+}
+
+impl Batch {
+    /// The token ids, which the batch has no more.
+    pub fn take_ids(&mut self) -> Ids {
+        match &self.there {
+            None => Ids::Here(std::mem::take(&mut self.ids)),
+            Some(_) => Ids::There(self.there.take().unwrap_or_default()),
+        }
+    }
+
+    /// Leaves out the token ids that are in none of these ranges, which rise.
+    pub fn keep_ids(&mut self, kept: &[Range<usize>]) {
+        if let Some([piece]) = self.there.as_deref() {
+            let part = |range: &Range<usize>| Piece { ids: range.clone(), ..piece.clone() };
+            self.there = Some(kept.iter().map(part).collect());
+            return;
+        }
+        let mut to = 0;
+        for range in kept {
+            self.ids.copy_within(range.clone(), to);
+            to += range.len();
+        }
+        self.ids.truncate(to);
+    }
+}
+
+/// A file that is being written, under a name of its own: of two that write the same file, each has another.
+pub struct PendingFile {
     path: PathBuf,
     temporary: PathBuf,
     file: BufWriter<File>,
+}
+
+impl PendingFile {
+    /// Starts what is to be `path`. `unique` tells this process from all others.
+    pub fn create(path: &Path, unique: &str) -> Result<Self> {
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(format!(".tmp-{unique}"));
+        let temporary = PathBuf::from(temporary);
+        let file = File::create(&temporary).map_err(|error| Error::io("make the file", &temporary, &error))?;
+        Ok(Self { path: path.into(), temporary, file: BufWriter::with_capacity(1 << 20, file) })
+    }
+
+    /// Adds bytes.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|error| Error::io("write", &self.temporary, &error))
+    }
+
+    /// Gives the file its name, once it is on disk.
+    pub fn finish(mut self) -> Result<()> {
+        let flushed = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
+        flushed.map_err(|error| Error::io("write", &self.temporary, &error))?;
+        fs::rename(&self.temporary, &self.path).map_err(|error| Error::io("rename", &self.temporary, &error))
+    }
+}
+
+impl Drop for PendingFile {
+    fn drop(&mut self) {
+        // After `finish` there is nothing of this name; before it, nobody wants what there is.
+        let _ = fs::remove_file(&self.temporary);
+    }
+}
+
+/// The file of a part that is being written.
+pub struct FrameWriter {
+    file: PendingFile,
     num_bytes: u64,
     frames: Vec<Frame>,
 }
@@ -44,23 +152,13 @@ pub struct FrameWriter {
 impl FrameWriter {
     /// Starts what is to be `path`. `unique` tells this process from all others.
     pub fn create(path: &Path, unique: &str) -> Result<Self> {
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(format!(".tmp-{unique}"));
-        let temporary = PathBuf::from(temporary);
-        let file = File::create(&temporary).map_err(|error| Error::io("make the file", &temporary, &error))?;
-        Ok(Self {
-            path: path.into(),
-            temporary,
-            file: BufWriter::with_capacity(1 << 20, file),
-            num_bytes: 0,
-            frames: Vec::new(),
-        })
+        Ok(Self { file: PendingFile::create(path, unique)?, num_bytes: 0, frames: Vec::new() })
     }
 
     /// Adds a batch.
     pub fn push(&mut self, batch: &Batch) -> Result<()> {
         let head = serde_json::to_vec(batch).map_err(|_| {
-            Error::new(ErrorKind::Argument, "expected names of files in UTF-8, found others").with_path(&self.path)
+            Error::new(ErrorKind::Argument, "expected names of files in UTF-8, found others").with_path(&self.file.path)
         })?;
         let runs: Vec<u32> = batch.runs.iter().flat_map(|run| [run.start, run.end]).collect();
         let samples: Vec<u64> = batch
@@ -70,11 +168,12 @@ impl FrameWriter {
             .collect();
         let start = self.num_bytes;
         let mut hasher = blake3::Hasher::new();
-        let arrays = [bytemuck::cast_slice(&batch.ids), bytemuck::cast_slice(&runs), bytemuck::cast_slice(&samples)];
-        for bytes in std::iter::once(&head[..]).chain(arrays) {
+        for bytes in [&head[..], bytemuck::cast_slice(&runs), bytemuck::cast_slice(&samples)] {
             hasher.update(bytes);
             self.write(bytes)?;
         }
+        let ids = bytemuck::cast_slice(&batch.ids);
+        self.write(ids)?;
         self.frames.push(Frame {
             start,
             num_head_bytes: head.len(),
@@ -82,13 +181,14 @@ impl FrameWriter {
             num_runs: batch.runs.len(),
             num_samples: batch.samples.len(),
             blake3: hasher.finalize().to_hex().to_string(),
+            ids_blake3: blake3::hash(ids).to_hex().to_string(),
         });
         Ok(())
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.num_bytes += bytes.len() as u64;
-        self.file.write_all(bytes).map_err(|error| Error::io("write", &self.temporary, &error))
+        self.file.write(bytes)
     }
 
     /// Gives the file its name, once it is on disk.
@@ -99,33 +199,25 @@ impl FrameWriter {
         self.write(&(index.len() as u64).to_le_bytes())?;
         self.write(hash.as_bytes())?;
         self.write(MAGIC)?;
-        let flushed = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
-        flushed.map_err(|error| Error::io("write", &self.temporary, &error))?;
-        fs::rename(&self.temporary, &self.path).map_err(|error| Error::io("rename", &self.temporary, &error))
-    }
-}
-
-impl Drop for FrameWriter {
-    fn drop(&mut self) {
-        // After `finish` there is nothing of this name; before it, nobody wants what there is.
-        let _ = fs::remove_file(&self.temporary);
+        self.file.finish()
     }
 }
 
 /// The file of a part.
 #[derive(Debug)]
 pub struct FrameReader {
+    part: u64,
     path: PathBuf,
     file: File,
     frames: Vec<Frame>,
 }
 
 impl FrameReader {
-    /// Opens a file that [`FrameWriter`] finished.
+    /// Opens a file that [`FrameWriter`] finished, of the part of this number.
     ///
     /// # Errors
     /// [`ErrorKind::Dataset`] if it is damaged.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, part: u64) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io("open", path, &error))?;
         let num_bytes = file.metadata().map_err(|error| Error::io("read", path, &error))?.len();
         let read_at = |start: u64, num_bytes: usize| {
@@ -141,7 +233,7 @@ impl FrameReader {
             return Err(damaged(path));
         }
         let frames = serde_json::from_slice(&index).map_err(|_| damaged(path))?;
-        Ok(Self { path: path.into(), file, frames })
+        Ok(Self { part, path: path.into(), file, frames })
     }
 
     /// Number of batches.
@@ -149,8 +241,8 @@ impl FrameReader {
         self.frames.len()
     }
 
-    /// Reads a batch; its token ids come into `ids`.
-    fn read(&self, number: usize, mut ids: Vec<u32>) -> Result<Batch> {
+    /// Reads a batch, but for its token ids.
+    fn read(&self, number: usize) -> Result<Batch> {
         let frame = &self.frames[number];
         let mut hasher = blake3::Hasher::new();
         let mut place = frame.start;
@@ -161,22 +253,36 @@ impl FrameReader {
             Ok::<_, Error>(())
         };
         let mut head = vec![0; frame.num_head_bytes];
-        ids.resize(frame.num_ids, 0);
         let (mut runs, mut samples) = (vec![0u32; 2 * frame.num_runs], vec![0u64; 3 * frame.num_samples]);
         read(&mut head)?;
-        read(bytemuck::cast_slice_mut(&mut ids))?;
         read(bytemuck::cast_slice_mut(&mut runs))?;
         read(bytemuck::cast_slice_mut(&mut samples))?;
         if hasher.finalize().to_hex().as_str() != frame.blake3 {
             return Err(damaged(&self.path));
         }
         let mut batch: Batch = serde_json::from_slice(&head).map_err(|_| damaged(&self.path))?;
-        batch.ids = ids;
+        batch.there = Some(vec![Piece { part: self.part, frame: number, ids: 0..frame.num_ids }]);
         batch.runs = runs.chunks_exact(2).map(|run| Range { start: run[0], end: run[1] }).collect();
         let sample =
             |values: &[u64]| BatchSample { num_tokens: values[0] as u32, num_runs: values[1] as u32, line: values[2] };
         batch.samples = samples.chunks_exact(3).map(sample).collect();
         Ok(batch)
+    }
+
+    /// Reads the token ids of a frame into `ids`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Dataset`] if they are damaged, or there is no such frame.
+    pub fn read_ids(&self, number: usize, ids: &mut Vec<u32>) -> Result<()> {
+        let frame = self.frames.get(number).ok_or_else(|| damaged(&self.path))?;
+        let start = frame.start + (frame.num_head_bytes + 8 * frame.num_runs + 24 * frame.num_samples) as u64;
+        ids.resize(frame.num_ids, 0);
+        let bytes = bytemuck::cast_slice_mut(ids);
+        self.file.read_exact_at(bytes, start).map_err(|error| Error::io("read", &self.path, &error))?;
+        match blake3::hash(bytes).to_hex().as_str() == frame.ids_blake3 {
+            true => Ok(()),
+            false => Err(damaged(&self.path)),
+        }
     }
 }
 
@@ -206,8 +312,8 @@ impl Frames {
         self.0.lock().expect("no thread panics while it holds the queue").parts.push_back(part.into());
     }
 
-    /// The next batch, if there is one; its token ids come into `ids`.
-    pub fn next(&self, ids: Vec<u32>) -> Result<Option<Batch>> {
+    /// The next batch, if there is one.
+    pub fn next(&self) -> Result<Option<Batch>> {
         let mut queue = self.0.lock().expect("no thread panics while it holds the queue");
         let (part, number) = loop {
             match queue.parts.front() {
@@ -223,7 +329,7 @@ impl Frames {
         queue.sequence += 1;
         let sequence = queue.sequence - 1;
         drop(queue); // The rest needs no order.
-        Ok(Some(Batch { sequence, ..part.read(number, ids)? }))
+        Ok(Some(Batch { sequence, ..part.read(number)? }))
     }
 }
 
@@ -263,12 +369,22 @@ mod tests {
         };
         let read = || {
             let frames = Frames::default();
-            frames.push(FrameReader::open(&path)?);
-            std::iter::from_fn(|| frames.next(Vec::new()).transpose()).collect::<Result<Vec<_>>>()
+            let part = FrameReader::open(&path, 5)?;
+            let mut ids = Vec::new();
+            (0..part.len()).try_for_each(|frame| part.read_ids(frame, &mut ids))?;
+            assert_eq!(batch().ids, ids);
+            frames.push(part);
+            std::iter::from_fn(|| frames.next().transpose()).collect::<Result<Vec<_>>>()
         };
         write();
         assert_eq!(1, fs::read_dir(directory.path()).unwrap().count());
-        let expected = [batch(), Batch { num_records: 4, sequence: 1, ..batch() }];
+        let there = |frame| Batch {
+            ids: Vec::new(),
+            there: Some(vec![Piece { part: 5, frame, ids: 0..3 }]),
+            sequence: frame as u64,
+            ..batch()
+        };
+        let expected = [there(0), Batch { num_records: 4, ..there(1) }];
         assert_eq!(format!("{expected:?}"), format!("{:?}", read().unwrap()));
 
         let whole = fs::read(&path).unwrap();
@@ -277,6 +393,31 @@ mod tests {
                 fs::write(&path, content).unwrap();
                 assert_eq!(ErrorKind::Dataset, read().unwrap_err().kind(), "at {at}");
                 assert!(!path.exists());
+            }
+        }
+    }
+
+    // Token ids that are elsewhere are divided and left out as those in memory are.
+    #[test]
+    fn pieces_are_divided_as_ids() {
+        let all = 0..10;
+        for kept in [vec![], vec![all.clone()], vec![0..3, 5..6, 8..10], vec![2..4, 4..4]] {
+            let mut here = Batch { ids: all.clone().map(|id| id as u32).collect(), ..Batch::default() };
+            let mut there =
+                Batch { there: Some(vec![Piece { part: 1, frame: 2, ids: all.clone() }]), ..Batch::default() };
+            here.keep_ids(&kept);
+            there.keep_ids(&kept);
+            let of = |ids: Ids| match ids {
+                Ids::Here(ids) => ids,
+                Ids::There(pieces) => pieces.into_iter().flat_map(|piece| piece.ids).map(|id| id as u32).collect(),
+            };
+            let num_ids = here.ids.len();
+            for at in 0..=num_ids {
+                let again =
+                    |batch: &Batch| Batch { ids: batch.ids.clone(), there: batch.there.clone(), ..Batch::default() };
+                let (mut first, mut second) = (again(&here).take_ids(), again(&there).take_ids());
+                assert_eq!(of(first.split_off(at)), of(second.split_off(at)), "{kept:?} at {at}");
+                assert_eq!(of(first), of(second), "{kept:?} at {at}");
             }
         }
     }

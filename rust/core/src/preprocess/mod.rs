@@ -6,7 +6,7 @@
 //! fastest may run ahead of the slowest, is decided in `schedule`.
 //!
 //! Where other processes help, they do what a thread does with chunks (`parts`), and their results come as files (`frames`)
-//! to the same collector.
+//! to the same collector; they write the shards, too (`shards`).
 
 mod collect;
 mod duplicates;
@@ -14,6 +14,7 @@ mod frames;
 mod parts;
 mod reuse;
 mod schedule;
+mod shards;
 mod worker;
 
 use std::num::NonZero;
@@ -33,7 +34,7 @@ use crate::shard::TokenType;
 use crate::source::Source;
 use crate::staging::Staging;
 pub use duplicates::Duplicates;
-pub use parts::{Executor, Part, Polled, Setup, encode_part};
+pub use parts::{Executor, Part, Polled, Setup, run_task};
 
 use collect::Collector;
 use parts::{Distribution, PARTS, remove_parts};
@@ -314,7 +315,7 @@ fn encode(
                 && last_poll.is_none_or(|last| last.elapsed() >= POLL_INTERVAL)
             {
                 last_poll = Some(Instant::now());
-                distribution.advance(&schedule)?;
+                distribution.advance(&mut collector, &schedule)?;
             }
             match receiver.recv_timeout(if distribution.is_some() { POLL_INTERVAL } else { PROGRESS_INTERVAL }) {
                 Ok(event) => collector.take(event?, &schedule)?,

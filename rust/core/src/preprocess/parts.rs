@@ -1,8 +1,9 @@
-//! Preprocessing by several processes, on one machine or many: the input is cut into parts at ends of segments, whoever can
-//! encodes a part into a file, and the files are put together as the batches of this process's own threads are.
+//! Preprocessing by several processes, on one machine or many: the input is cut into parts at ends of segments, and whoever can
+//! encodes a part into a file. What is in the files but token ids is put in order as the batches of this process's own threads
+//! are; then it is known what each shard holds, and whoever can writes it (`shards`).
 //!
-//! Parts share nothing and wait for nobody. What is in a part follows from the input and the recipe alone, so it does not
-//! matter which machine made it, how often, or in which run.
+//! Tasks share nothing and wait for nobody. What comes of one follows from the input and the recipe alone, so it does not
+//! matter which machine did it, how often, or in which run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,14 +14,16 @@ use std::sync::mpsc::channel;
 
 use serde::{Deserialize, Serialize};
 
+use super::collect::Collector;
 use super::frames::{FrameReader, FrameWriter, Frames};
 use super::reuse::Reuse;
 use super::schedule::Schedule;
+use super::shards::{ShardOrder, shard_path};
 use super::worker::{Event, Feed, work};
 use super::{Duplicates, OnError, Options, Place, chunk_bytes, num_threads, recipe};
 use crate::conversation::{Answers, FieldMapping, Shape};
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::Recipe;
+use crate::manifest::{Recipe, shard_name};
 use crate::model::Model;
 use crate::sample::TooLong;
 use crate::sampler::Policies;
@@ -61,18 +64,18 @@ pub struct Setup {
 /// How far an [`Executor`] is.
 #[derive(Clone, Debug, Default)]
 pub struct Polled {
-    /// Parts that were finished since it was asked last.
-    pub finished: Vec<u64>,
-    /// How many more parts it takes.
+    /// Tasks that were finished since it was asked last, by their numbers, and what they returned.
+    pub finished: Vec<(u64, String)>,
+    /// How many more tasks it takes.
     pub num_free: usize,
 }
 
-/// Gets parts encoded, by [`encode_part`] in other processes.
+/// Gets tasks done, by [`run_task`] in other processes.
 pub trait Executor {
     /// Makes ready.
     fn begin(&mut self, setup: &Setup) -> Result<()>;
-    /// Takes a part, as JSON.
-    fn submit(&mut self, number: u64, part: String) -> Result<()>;
+    /// Takes a task, as JSON; `name` is for messages.
+    fn submit(&mut self, number: u64, name: &str, task: String) -> Result<()>;
     /// Asked many times a second; does not wait.
     fn poll(&mut self) -> Result<Polled>;
     /// Ends what is under way: nobody writes any more.
@@ -164,20 +167,37 @@ impl<'a> Distribution<'a> {
     }
 
     /// Takes what is finished, and gives out what is not begun.
-    pub fn advance(&mut self, schedule: &Schedule) -> Result<()> {
+    pub fn advance(&mut self, collector: &mut Collector, schedule: &Schedule) -> Result<()> {
+        let num_parts = self.parts.len() as u64;
         let Polled { finished, mut num_free } = self.executor.poll()?;
-        finished.into_iter().for_each(|number| self.is_done[number as usize] = true);
+        for (task, result) in finished {
+            match task.checked_sub(num_parts) {
+                None => self.is_done[task as usize] = true,
+                Some(shard) => {
+                    let info = serde_json::from_str(&result).map_err(|error| unreadable(&error))?;
+                    collector.put(shard as usize, &shard_path(&self.directory, shard as usize), info)?;
+                }
+            }
+        }
+        for shard in collector.take_elsewhere() {
+            let number = shard.number;
+            let order = ShardOrder::prepare(shard, &self.directory)?;
+            let order = serde_json::to_string(&order).expect("plain data");
+            self.executor.submit(num_parts + number as u64, &shard_name(number), order)?;
+            num_free = num_free.saturating_sub(1);
+        }
         while self.num_submitted < self.parts.len() && num_free > 0 {
             let number = self.num_submitted;
             self.num_submitted += 1;
             if !self.is_done[number] {
                 num_free -= 1;
                 let part = self.part(number as u64)?;
-                self.executor.submit(number as u64, part)?;
+                self.executor.submit(number as u64, &format!("part {number}"), part)?;
             }
         }
         while self.num_taken < self.parts.len() && self.is_done[self.num_taken] {
-            let part = FrameReader::open(&part_path(&self.directory, self.num_taken as u64))?;
+            let number = self.num_taken as u64;
+            let part = FrameReader::open(&part_path(&self.directory, number), number)?;
             let num_batches = part.len() as u64;
             self.frames.push(part);
             schedule.offer(num_batches);
@@ -211,23 +231,34 @@ fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).map_err(|error| Error::io("find", path, &error))
 }
 
-fn part_path(directory: &Path, number: u64) -> PathBuf {
+pub(super) fn part_path(directory: &Path, number: u64) -> PathBuf {
     directory.join(format!("part-{number:06}"))
 }
 
-/// Encodes a part, written as JSON by a [`Distribution`], into a file in `directory`, unless it is there. `unique` tells
-/// this process from all others that may do the same.
+/// A task as its JSON says it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Task {
+    Part(Box<Part>),
+    Shard(ShardOrder),
+}
+
+/// Does a task that the process which put it in order wrote as JSON: encodes a part into a file in `directory`, unless it is
+/// there, or writes a shard there. `unique` tells this process from all others that may do the same.
+///
+/// Returns what that process is to know of it.
 ///
 /// # Errors
 /// What is wrong with a record is no error here, but for whoever puts the parts together. [`ErrorKind::Argument`] if this
-/// machine has another version or tokenizer; [`ErrorKind::Io`] if it sees other files, or can't write.
-pub fn encode_part(
+/// machine has another version or tokenizer; [`ErrorKind::Io`] if it sees other files, or can't write;
+/// [`ErrorKind::Dataset`] if a part is damaged.
+pub fn run_task(
     json: &str,
     model: &Model,
     directory: &Path,
     threads: Option<NonZero<usize>>,
     unique: &str,
-) -> Result<()> {
+) -> Result<String> {
     // The version comes first: of another one, the rest may not be readable.
     let found: serde_json::Value = serde_json::from_str(json).unwrap_or_default();
     let version = env!("CARGO_PKG_VERSION");
@@ -235,13 +266,31 @@ pub fn encode_part(
         let message = format!("expected sft-fast {} on all machines, found {version}", found["version"]);
         return Err(Error::new(ErrorKind::Argument, message).with_hint("install the same version everywhere"));
     }
-    let part: Part = serde_json::from_str(json)
-        .map_err(|error| Error::new(ErrorKind::Argument, format!("expected a part of the input: {error}")))?;
+    match serde_json::from_str(json).map_err(|error| unreadable(&error))? {
+        Task::Part(part) => encode_part(&part, model, directory, threads, unique).map(|()| String::new()),
+        Task::Shard(order) => {
+            let info = order.write(directory, unique)?;
+            Ok(serde_json::to_string(&info).expect("plain data"))
+        }
+    }
+}
+
+fn unreadable(error: &serde_json::Error) -> Error {
+    Error::new(ErrorKind::Argument, format!("expected what another process of this version wrote: {error}"))
+}
+
+fn encode_part(
+    part: &Part,
+    model: &Model,
+    directory: &Path,
+    threads: Option<NonZero<usize>>,
+    unique: &str,
+) -> Result<()> {
     let path = part_path(directory, part.number);
     if path.exists() {
         return Ok(());
     }
-    let options = options(&part, threads)?;
+    let options = options(part, threads)?;
     if recipe(&options, model) != part.recipe {
         let message = "expected the tokenizer and the chat template of the machine that started the work, found others";
         return Err(Error::new(ErrorKind::Argument, message)

@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use serde::{Deserialize, Serialize};
 
 use super::duplicates::{BatchRecord, Duplicates, hash};
-use super::frames::Frames;
+use super::frames::{Frames, Piece};
 use super::reuse::Reuse;
 use super::schedule::{Job, Schedule, Task};
 use super::{OnError, Options};
@@ -39,6 +39,9 @@ pub struct Batch {
     /// Token ids of all samples, one after the other.
     #[serde(skip)]
     pub ids: Vec<u32>,
+    /// Where the token ids are, if they are not in memory.
+    #[serde(skip)]
+    pub there: Option<Vec<Piece>>,
     /// Runs of tokens that are trained on, counted from the first token of their sample.
     #[serde(skip)]
     pub runs: Vec<Range<u32>>,
@@ -87,7 +90,7 @@ mod hex {
 /// What a thread reports.
 #[derive(Debug)]
 pub enum Event {
-    Encoded(Batch),
+    Encoded(Box<Batch>),
     /// The input is read; chunks of other threads may still be under way.
     InputEnded,
     /// Tokens are in the file of a shard.
@@ -154,12 +157,12 @@ impl Worker<'_> {
                     Feed::Records { source, reuse } => {
                         source.next(&mut self.chunk)?.then(|| self.encode_chunk(source, reuse))
                     }
-                    Feed::Frames(frames) => frames.next(self.spare_ids.pop().unwrap_or_default())?,
+                    Feed::Frames(frames) => frames.next()?,
                 };
                 if batch.is_none() {
                     self.schedule.end_input();
                 }
-                Ok(batch.map_or(Event::InputEnded, Event::Encoded))
+                Ok(batch.map_or(Event::InputEnded, |batch| Event::Encoded(batch.into())))
             }
             Task::Job(Job::Store { shard, writer, first, mut ids }) => {
                 writer.write_tokens(first, &ids)?;

@@ -6,6 +6,7 @@
 
 pub mod write;
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -45,6 +46,21 @@ impl TokenType {
         match self {
             Self::U16 => "U16",
             Self::U32 => "U32",
+        }
+    }
+
+    /// Token ids as they are on disk.
+    pub(crate) fn bytes_of(self, ids: &[u32]) -> Cow<'_, [u8]> {
+        match self {
+            Self::U16 => {
+                let mut bytes = vec![0; 2 * ids.len()];
+                bytes
+                    .chunks_exact_mut(2)
+                    .zip(ids)
+                    .for_each(|(two, &id)| two.copy_from_slice(&(id as u16).to_le_bytes()));
+                Cow::Owned(bytes)
+            }
+            Self::U32 => Cow::Borrowed(bytemuck::cast_slice(ids)),
         }
     }
 

@@ -71,6 +71,30 @@ impl ShardIndex {
         self.offsets.push(end as u32);
         self.records.extend([file, line]);
     }
+
+    /// The bytes of the shard before its tokens, and those behind them.
+    pub fn around_tokens(self, token_type: TokenType) -> [Vec<u8>; 2] {
+        let (num_samples, num_tokens) = (self.num_samples(), self.num_tokens());
+        let Self { offsets, records, mut mask } = self;
+        mask.resize(num_mask_bytes(num_tokens, token_type), 0);
+        let mut end = 0;
+        let mut tensor = |dtype: &str, shape: &[usize], num_bytes: usize| {
+            let start = end;
+            end += num_bytes;
+            json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]})
+        };
+        let header = json!({
+            "__metadata__": {"format": SHARD_FORMAT},
+            "token_ids": tensor(token_type.name(), &[num_tokens], num_tokens * token_type.num_bytes()),
+            "label_mask": tensor("U8", &[mask.len()], mask.len()),
+            "sample_offsets": tensor("U32", &[num_samples + 1], 4 * offsets.len()),
+            "sample_records": tensor("U32", &[num_samples, 2], 4 * records.len()),
+        });
+        let mut head = (TOKENS_START - 8).to_le_bytes().to_vec();
+        serde_json::to_writer(&mut head, &header).expect("memory takes everything");
+        head.resize(TOKENS_START as usize, b' ');
+        [head, [&mask[..], bytemuck::cast_slice(&offsets), bytemuck::cast_slice(&records)].concat()]
+    }
 }
 
 impl ShardWriter {
@@ -85,45 +109,19 @@ impl ShardWriter {
     /// Writes token ids; the first of them has the number `first` in the shard. Every token is written once, in any order.
     pub fn write_tokens(&self, first: usize, ids: &[u32]) -> Result<()> {
         let place = TOKENS_START + (first * self.token_type.num_bytes()) as u64;
-        match self.token_type {
-            TokenType::U16 => {
-                let narrow: Vec<u16> = ids.iter().map(|&id| id as u16).collect();
-                self.write_at(bytemuck::cast_slice(&narrow), place)
-            }
-            TokenType::U32 => self.write_at(bytemuck::cast_slice(ids), place),
-        }
+        self.write_at(&self.token_type.bytes_of(ids), place)
     }
 
     /// Writes everything but the tokens, which are all there. It may not be on disk yet: see [`sync`](Self::sync).
     pub fn finish(&self, index: ShardIndex) -> Result<ShardInfo> {
         let (num_samples, num_tokens) = (index.num_samples(), index.num_tokens());
-        let ShardIndex { offsets, records, mut mask } = index;
-        mask.resize(num_mask_bytes(num_tokens, self.token_type), 0);
-        let mut end = 0;
-        let mut tensor = |dtype: &str, shape: &[usize], num_bytes: usize| {
-            let start = end;
-            end += num_bytes;
-            json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]})
-        };
-        let header = json!({
-            "__metadata__": {"format": SHARD_FORMAT},
-            "token_ids": tensor(self.token_type.name(), &[num_tokens], num_tokens * self.token_type.num_bytes()),
-            "label_mask": tensor("U8", &[mask.len()], mask.len()),
-            "sample_offsets": tensor("U32", &[num_samples + 1], 4 * offsets.len()),
-            "sample_records": tensor("U32", &[num_samples, 2], 4 * records.len()),
-        });
-        let mut bytes = (TOKENS_START - 8).to_le_bytes().to_vec();
-        serde_json::to_writer(&mut bytes, &header).expect("memory takes everything");
-        bytes.resize(TOKENS_START as usize, b' ');
-        self.write_at(&bytes, 0)?;
-        let mut place = TOKENS_START + (num_tokens * self.token_type.num_bytes()) as u64;
-        for tensor in [&mask[..], bytemuck::cast_slice(&offsets), bytemuck::cast_slice(&records)] {
-            self.write_at(tensor, place)?;
-            place += tensor.len() as u64;
-        }
+        let [head, tail] = index.around_tokens(self.token_type);
+        self.write_at(&head, 0)?;
+        let place = TOKENS_START + (num_tokens * self.token_type.num_bytes()) as u64;
+        self.write_at(&tail, place)?;
         Ok(ShardInfo {
             name: self.name.clone(),
-            num_bytes: place,
+            num_bytes: place + tail.len() as u64,
             sha256: sha256_of_file(&self.path)?,
             num_samples: num_samples as u64,
             num_tokens: num_tokens as u64,
