@@ -182,12 +182,94 @@ def test_a_step_counts_its_arithmetic_once(workspace: Workspace, four_ranks: Clu
     assert {report.num_label_tokens for report in reports} == {alone.num_label_tokens}
 
 
-def saved_by(cluster: Cluster, config: SFTConfig, step: int) -> Path:
-    """A checkpoint of all ranks."""
+def on_all(cluster: Cluster, function: Any) -> list[Any]:
+    """The answers of a function that each rank calls with its actor."""
+    answers: list[Any] = cluster._ray.get([actor.__ray_call__.remote(function) for actor in cluster._actors])
+    return answers
+
+
+@pytest.fixture
+def counting_ranks(four_ranks: Cluster) -> Cluster:
+    """Four ranks that compile without C++, offload on a CPU too, and count both in `num_compiled` and `num_moved`."""
+
+    def prepare(actor: Any) -> None:
+        import functools
+
+        import torch
+        from torch._dynamo.utils import counters
+
+        from sft_fast.train import compiled, memory
+
+        if not hasattr(actor, "num_moved"):
+            torch.compile = functools.partial(torch.compile, backend="eager")
+            memory._is_on_gpu, memory._SMALLEST_BYTES = lambda _: True, 0
+            to_host = memory._to_host
+
+            def count(tensor: Any) -> Any:
+                saved = to_host(tensor)
+                actor.num_moved += isinstance(saved, memory._OnHost)
+                return saved
+
+            memory._to_host = count
+        torch._dynamo.reset()
+        counters.clear()
+        compiled._compiled_forward.cache_clear()
+        actor.num_moved, actor.num_compiled = 0, lambda: counters["stats"]["unique_graphs"]
+
+    on_all(four_ranks, prepare)
+    return four_ranks
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("settings", "stage", "model", "is_compiled"),
+    [
+        ({**TENSOR_2, **SEQUENCE_2}, 1, {"compile": True, "gradient_checkpointing": "full"}, True),
+        ({**TENSOR_2, **SEQUENCE_2}, 2, {"offload_activations": True}, False),
+        (SEQUENCE_2, 3, {"offload_activations": True, "gradient_checkpointing": "full"}, False),
+    ],
+)
+def test_split_layers_are_compiled_and_offloaded_like_others(
+    workspace: Workspace,
+    counting_ranks: Cluster,
+    settings: dict[str, Any],
+    stage: int | None,
+    model: dict[str, Any],
+    is_compiled: bool,
+) -> None:
+    """Losses and norms are those of a plain loop; after two steps nothing is compiled again."""
+    config = parallel(workspace, settings, stage, model=model)
+    counting_ranks.initialize(config, dataset_of(config).path)
+    first = steps(counting_ranks, range(2))
+    after_two = on_all(counting_ranks, lambda actor: (actor.num_compiled(), actor.num_moved))
+    later = steps(counting_ranks, range(2, NUM_STEPS))
+
+    assert_same_curve(first + later, expected(workspace, True))
+    assert on_all(counting_ranks, lambda actor: actor.num_compiled()) == [num_graphs for num_graphs, _ in after_two]
+    for num_graphs, num_moved in after_two:
+        assert (num_graphs >= 2, num_moved >= 2) == (is_compiled, not is_compiled)
+
+
+@pytest.mark.ray
+def test_adapters_over_quantised_weights_train_in_slices_of_rows(four_ranks: Cluster, tmp_path: Path) -> None:
+    """Two ranks to a row, the weights of the layers in 4 bits: losses and norms are those of one rank."""
+    wide = Workspace.create(tmp_path, hidden_size=64, intermediate_size=128, initializer_range=0.1, head_dim=16)
+    model = {"lora_target": "all-linear", "lora_rank": 4, "quantization": "nf4"}
+    config = parallel(wide, SEQUENCE_2, 2, model=model)
+    four_ranks.initialize(config, dataset_of(config).path)
+    alone = run_worker(wide.config(model=model), NUM_STEPS)
+
+    assert_same_curve(steps(four_ranks, range(NUM_STEPS)), [(report.loss, report.grad_norm) for report in alone])
+
+
+def saved_beside(cluster: Cluster, config: SFTConfig, step: int) -> tuple[Path, list[tuple[float, float]]]:
+    """A checkpoint of all ranks, written while they do the steps that are left, and those."""
     staging = staging_directory(config.output_dir, step)
-    cluster.submit("do_checkpoint", str(staging)).result()
+    cluster.submit("do_checkpoint", str(staging), True).result()
+    later = steps(cluster, range(step, NUM_STEPS))
+    cluster.submit("finish_checkpoint", True).result()
     values: dict[str, Any] = {field.name: None for field in dataclasses.fields(TrainState)}
-    return commit(staging, TrainState(**(values | {"step": step}))).path
+    return commit(staging, TrainState(**(values | {"step": step}))).path, later
 
 
 @pytest.mark.ray
@@ -200,13 +282,12 @@ def test_four_ranks_go_on_to_the_last_bit_and_as_others(
     settings: dict[str, Any],
     stage: int,
 ) -> None:
-    """On four ranks a resumed run has the very losses and norms; on two ranks, split or not, those of a plain loop."""
+    """Saved beside training: on four ranks the very losses and norms; on two, split or not, those of a plain loop."""
     config = parallel(workspace, settings, stage, output_dir=str(tmp_path))
     path = dataset_of(config).path
     four_ranks.initialize(config, path)
     first = steps(four_ranks, range(2))
-    checkpoint = saved_by(four_ranks, config, 2)
-    later = steps(four_ranks, range(2, NUM_STEPS))
+    checkpoint, later = saved_beside(four_ranks, config, 2)
     four_ranks.initialize(config, path, None, str(checkpoint))
 
     assert steps(four_ranks, range(2, NUM_STEPS)) == later
@@ -253,7 +334,6 @@ def test_a_whole_run_with_split_weights_goes_on_alone(tied: Workspace, ray_sessi
         ("llama", {"sequence_parallel_size": 8}, {"ranks": 8}, "the attention of a model with 4 heads"),
         ("llama", {**TENSOR_2, "sequence_parallel_size": 4}, {"ranks": 8}, "4 / 2 heads"),
         ("llama", TENSOR_2, {"model": {"lora_target": "q_proj"}}, "does not know adapters"),
-        ("llama", SEQUENCE_2, {"model": {"compile": True}}, "split are not compiled"),
         ("llama", TENSOR_2, {"model": {"freeze_module_prefix": ["model"]}}, "does not know frozen weights"),
     ],
 )

@@ -20,6 +20,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sft_fast.errors import ConfigError
 from sft_fast.train.memory import decoder_layers
 
+# What only attention looks at: how long the samples are, and which ranks share a row.
+_OF_ATTENTION = ("segment_lengths", "sequence_group")
+
 # Marks a model whose layers are compiled.
 _MARK = "_sft_fast_is_compiled"
 
@@ -71,8 +74,8 @@ def _compiled_forward(layer_class: type[nn.Module]) -> Callable[..., Any]:
     # transformers wraps the method of such a layer to checkpoint it; inside that is the code.
     compiled = torch.compile(forward.__wrapped__ if can_checkpoint else forward, dynamic=True)
 
-    def run(self: Any, *arguments: Any, segment_lengths: Any = None, **named: Any) -> Any:
-        named["segment_lengths"] = _Hidden(segment_lengths)
+    def run(self: Any, *arguments: Any, **named: Any) -> Any:
+        named |= {name: _Hidden(named[name]) for name in _OF_ATTENTION if name in named}
         if can_checkpoint and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(functools.partial(compiled, self, **named), *arguments)
         return compiled(self, *arguments, **named)  # type: ignore[no-untyped-call]
@@ -87,12 +90,15 @@ class _Hidden:
         self.value = value
 
 
+def _shown(value: Any) -> Any:
+    return value.value if isinstance(value, _Hidden) else value
+
+
 def between_compiled(attention: Callable[..., Any]) -> Callable[..., Any]:
     """The attention function of compiled layers: as it is, whatever it is told of the samples."""
 
-    def call(*arguments: Any, segment_lengths: Any = None, **named: Any) -> Any:
-        lengths = segment_lengths.value if isinstance(segment_lengths, _Hidden) else segment_lengths
-        return attention(*arguments, segment_lengths=lengths, **named)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return attention(*arguments, **{name: _shown(value) for name, value in named.items()})
 
     function: Callable[..., Any] = torch.compiler.disable(call)
     return function

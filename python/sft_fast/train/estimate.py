@@ -104,6 +104,8 @@ def estimate_memory(config: SFTConfig, zero_stage: int) -> MemoryEstimate:
     if arguments.quantization is not None:
         num_quantised = sum(p.numel() for layer in decoder_layers(hf) for p in layer.parameters() if p.dim() > 1)
         weights -= int(num_quantised * (width - {"nf4": 0.5, "int8": 1}[arguments.quantization]))
+    if arguments.has_adapters:
+        weights += num_trained * width
     gradients = num_trained_of_rank * 4 // (num_shards if splits_gradients else 1)
     optimizer = num_trained_of_rank * (8 if is_fsdp2 else 12) // num_shards
 

@@ -66,13 +66,6 @@ def check_layout(config: SFTConfig, model_config: Any) -> None:
     num_tensor, num_sequence = config.tensor_parallel_size, config.sequence_parallel_size
     arguments, text_config = config.sft_train.model_args, model_config.get_text_config()
     num_heads = text_config.num_attention_heads
-    if num_tensor * num_sequence > 1 and arguments.compile:
-        raise ConfigError(
-            "layers whose weights or rows are split are not compiled",
-            code="unsupported_model",
-            location="sft_train.model_args.compile",
-            hint="set it to false",
-        )
     if num_tensor > 1:
         split_layers(model_config)
         if arguments.has_adapters or arguments.freeze_module_prefix:
