@@ -1,4 +1,4 @@
-"""What the tests of object storage share: an S3 server of the test's own, behind a proxy that does harm."""
+"""What the tests of object storage share: servers of the test's own, behind a proxy that does harm."""
 
 import contextlib
 import http.client
@@ -156,8 +156,32 @@ def object_server() -> Iterator[Proxy]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    try:
+        with proxy_before(server.get_host_and_port()) as proxy:
+            yield proxy
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def google_server() -> Iterator[Proxy]:
+    """A server that speaks as Google Cloud Storage does, and the proxy before it. Nothing leaves this machine."""
+    from gcp_storage_emulator.server import create_server
+
+    server = create_server("127.0.0.1", 0, in_memory=True)
+    server.start()
+    try:
+        with proxy_before(server._api._httpd.server_address[:2]) as proxy:
+            yield proxy
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def proxy_before(upstream: tuple[str, int]) -> Iterator[Proxy]:
+    """The proxy before a server."""
     proxy = Proxy()
-    handler = type("Handler", (_Handler,), {"upstream": server.get_host_and_port(), "proxy": proxy})
+    handler = type("Handler", (_Handler,), {"upstream": upstream, "proxy": proxy})
     http_server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     http_server.daemon_threads = True
     thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -168,4 +192,3 @@ def object_server() -> Iterator[Proxy]:
     finally:
         http_server.shutdown()
         http_server.server_close()
-        server.stop()

@@ -96,6 +96,8 @@ class Store:
         if protocol in ("s3", "s3a"):
             once = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": TIMEOUT_SECONDS}
             options = {"use_listings_cache": False, "config_kwargs": once}
+        elif protocol in ("gs", "gcs"):
+            options = {"use_listings_cache": False}
         try:
             self._fs: Any
             self._fs, _ = fsspec.core.url_to_fs(address, **options)
@@ -108,6 +110,11 @@ class Store:
             ) from error
         if protocol in ("s3", "s3a"):
             self._fs.retries = 1
+        elif protocol in ("gs", "gcs"):
+            # Its tries are wrapped around this method, and their number is no option.
+            once_only = getattr(type(self._fs)._request, "__wrapped__", None)
+            if once_only is not None:
+                self._fs._request = once_only.__get__(self._fs)
 
     def find(self, address: str) -> Object | None:
         """The object at an address, or None where there is none."""
@@ -206,12 +213,13 @@ class Store:
         path: str = self._fs._strip_protocol(address)
         return path
 
-    def _call(self, name: str, *arguments: Any, timeout: float = TIMEOUT_SECONDS, **options: Any) -> Any:
+    def _call(self, name: str, *arguments: Any, timeout: float | None = None, **options: Any) -> Any:
         if not getattr(self._fs, "async_impl", False):
             return getattr(self._fs, name)(*arguments, **options)
         from fsspec.asyn import sync
 
-        return sync(self._fs.loop, getattr(self._fs, f"_{name}"), *arguments, timeout=timeout, **options)
+        method = getattr(self._fs, f"_{name}")
+        return sync(self._fs.loop, method, *arguments, timeout=timeout or TIMEOUT_SECONDS, **options)
 
     def _try(self, what: str, address: str, request: Callable[[], Result]) -> Result:
         for number, wait in enumerate(_waits(), start=1):
