@@ -20,9 +20,10 @@ from sft_fast.train import pipeline as pipelines
 from sft_fast.train import worker as workers
 from sft_fast.train.background import BackgroundWriter, copy_to_host
 from sft_fast.train.checkpoint import commit, find_checkpoints, staging_directory
-from sft_fast.train.cluster import Cluster, LocalCluster
+from sft_fast.train.cluster import Cluster
 from sft_fast.train.metrics import StepFile
 from sft_fast.train.pipeline import SFTPipeline
+from sft_fast.train.ranks import LocalCluster
 from sft_fast.train.worker import SFTWorker
 from tests.test_train_pipeline import TrainStopper, config_in, run
 from tests.test_train_worker import curve, state_of

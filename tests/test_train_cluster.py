@@ -16,17 +16,13 @@ from sft_fast.config import SFTConfig
 from sft_fast.train import cluster as clusters
 from sft_fast.train import pipeline as pipelines
 from sft_fast.train.checkpoint import TrainState, commit, staging_directory
-from sft_fast.train.cluster import Cluster, Failure, LocalCluster, first_cause, to_error
+from sft_fast.train.cluster import Cluster
+from sft_fast.train.failure import Failure, first_cause, to_error
 from sft_fast.train.metrics import StepFile
 from sft_fast.train.pipeline import SFTPipeline
+from sft_fast.train.ranks import LocalCluster
 from sft_fast.train.worker import TrainStepReport
 from tests.train_helpers import Workspace, broken_workspace, dataset_of, ray_here, run_worker, start_worker
-
-NODES = [
-    {"NodeID": "b", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
-    {"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
-    {"NodeID": "c", "NodeManagerAddress": "10.0.0.0", "Alive": False, "Resources": {"CPU": 8.0, "GPU": 4.0}},
-]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[Any]:
     """Ray, started once for all clusters of this file."""
-    with ray_here(num_cpus=2) as ray:
+    with ray_here(num_cpus=8) as ray:
         yield ray
 
 
@@ -93,40 +89,6 @@ def test_what_the_user_can_put_right_stays_as_it_is() -> None:
     """A configuration error in a rank keeps its class, and with it the exit status 2."""
     error = ConfigError("unknown dtype", location="sft_train.model_args.dtype")
     assert to_error(failure(0, "ConfigError", "unknown dtype", 0.0, error)) is error
-
-
-def test_devices_are_where_the_mapping_says(workspace: Workspace) -> None:
-    """Device d is GPU d % n of machine d // n: this machine first, dead ones never, ranks in the mapping's order."""
-    config = workspace.config(num_gpus_per_node=4)
-    config.sft_train.device_mapping = [5, 0, 3]
-    places = clusters._places(config, NODES, "b")
-
-    assert [(place.node_id, place.gpu) for place in places] == [("a", 1), ("b", 0), ("b", 3)]
-    assert [place.rank.rank for place in places] == [0, 1, 2]
-    assert [(place.rank.local_rank, place.rank.local_world_size) for place in places] == [(0, 1), (0, 2), (1, 2)]
-    assert {place.rank.device for place in places} == {"cuda"}
-
-
-@pytest.mark.parametrize(
-    ("mapping", "gpus", "message"), [([8], 4, "machine 3"), ([6], 8, "GPU 6 of a machine that has 4")]
-)
-def test_a_device_that_is_not_there_is_refused(
-    workspace: Workspace, mapping: list[int], gpus: int, message: str
-) -> None:
-    """A machine or a GPU that Ray does not have is an error before any process starts."""
-    config = workspace.config(num_gpus_per_node=gpus)
-    config.sft_train.device_mapping = mapping
-    with pytest.raises(ConfigError, match=message) as caught:
-        clusters._places(config, NODES, "b")
-    assert caught.value.location == "sft_train.device_mapping"
-
-
-def test_visible_devices_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the driver may use only some GPUs, device numbers count those."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [clusters.visible_device(gpu) for gpu in (0, 1)] == ["4", "6"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert clusters.visible_device(1) == "1"
 
 
 def test_several_ranks_need_ray(workspace: Workspace) -> None:
@@ -243,7 +205,7 @@ def test_a_killed_rank_is_the_first_cause(workspace: Workspace, ray_session: Any
     cluster.submit("train_step", 0).result()
     calls = [cluster.submit("train_step", step) for step in range(1, 2000)]
     calls[10].result()
-    os.kill(cluster._pids[1], signal.SIGKILL)
+    os.kill(cluster._locations[1].pid, signal.SIGKILL)
     start = time.monotonic()
 
     def wait_for_all() -> None:
@@ -272,10 +234,10 @@ def test_a_hung_rank_is_named(workspace: Workspace, ray_session: Any, kind: str)
         actor._worker.train_step = train_step_that_never_ends
 
     if kind == "stopped":
-        os.kill(cluster._pids[1], signal.SIGSTOP)
+        os.kill(cluster._locations[1].pid, signal.SIGSTOP)
     else:
         ray_session.get(cluster._actors[1].__ray_call__.remote(sleep_in_training))
-    pids = cluster._pids
+    pids = [location.pid for location in cluster._locations]
     start = time.monotonic()
     with pytest.raises(TrainError, match=r"rank 1 on .*: it ha") as caught:
         cluster.submit("train_step", 1).result()
@@ -300,8 +262,8 @@ def test_a_run_starts_again_after_a_rank_is_killed(
     class Remembered(Cluster):
         """Can be found by the test."""
 
-        def __init__(self, config: SFTConfig) -> None:
-            super().__init__(config)
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
             clusters_made.append(self)
 
     def options(name: str) -> dict[str, Any]:
@@ -319,7 +281,7 @@ def test_a_run_starts_again_after_a_rank_is_killed(
     def write_and_kill(self: StepFile, metrics: dict[str, Any]) -> None:
         write(self, metrics)
         if metrics["step"] == 3 and len(clusters_made) == 1:
-            os.kill(clusters_made[0]._pids[1], signal.SIGKILL)
+            os.kill(clusters_made[0]._locations[1].pid, signal.SIGKILL)
 
     monkeypatch.setattr(pipelines, "Cluster", Remembered)
     monkeypatch.setattr(StepFile, "write", write_and_kill)

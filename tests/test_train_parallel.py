@@ -46,7 +46,7 @@ def normed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[Any]:
     """Ray, started once for all clusters of this file."""
-    with ray_here(num_cpus=4) as ray:
+    with ray_here(num_cpus=8) as ray:
         yield ray
 
 

@@ -22,7 +22,7 @@ from sft_fast.config import (
     WorkerConfig,
 )
 from sft_fast.stream import StepStream
-from sft_fast.train.cluster import free_port
+from sft_fast.train.network import free_port
 from sft_fast.train.optim import learning_rate_schedule, parameter_groups
 from sft_fast.train.plan import train_stream
 from sft_fast.train.strategy import RankInfo

@@ -320,8 +320,16 @@ class SFTConfig:
     """How often a run starts its ranks again, from its last checkpoint, after one has died, crashed or hung. What fails
     before it has done a single step is not tried again. Ours."""
 
+    min_nodes: PositiveInt | None = None
+    """Machines with which a run goes on that has lost others, with more micro-batches on each so that every step keeps
+    its samples. `null`: all that it began with. Ours."""
+
+    rejoin_timeout: FloatOrZero = 300.0
+    """Seconds for which such a run waits for the machines that it lost; then it goes on without them, or ends. Ours."""
+
     heartbeat_timeout: PositiveFloat = 60.0
-    """Seconds without any sign of life after which a rank counts as hung. Ours."""
+    """Seconds without any sign of life after which a rank counts as hung. After a quarter of them its machine is tried,
+    which counts as lost if it does not answer. Ours."""
 
     hang_timeout: PositiveFloat = 300.0
     """Seconds on one micro-batch after which a rank counts as hung; loading, saving and exporting may take ten times as

@@ -149,9 +149,9 @@ def mark_written(staging: Path, rank: int) -> None:
     (staging / f"{_WRITTEN}{rank}").touch()
 
 
-def is_written(staging: Path, num_ranks: int) -> bool:
-    """Whether every rank has noted that it has written its part."""
-    return all((staging / f"{_WRITTEN}{rank}").exists() for rank in range(num_ranks))
+def missing_parts(staging: Path, num_ranks: int) -> list[int]:
+    """The ranks that have not noted that they have written their part, or whose note is not seen from here."""
+    return [rank for rank in range(num_ranks) if not (staging / f"{_WRITTEN}{rank}").exists()]
 
 
 def commit(staging: Path, state: TrainState) -> Checkpoint:

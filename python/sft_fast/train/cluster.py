@@ -1,32 +1,41 @@
 """The ranks of a run, as the driver sees them: one call reaches all, and the first error of any ends them all.
 
-`Cluster` makes one Ray actor a rank, on the device that `device_mapping` names. `LocalCluster` has the same methods and
-one rank in this process, for machines without Ray and for tests. Calls return at once; the ranks work them off in
-order, so the driver can stay a step ahead and no device waits for it.
-
-An error in one rank makes the others fail too, in whatever they were doing together, and often sooner for the driver to
-see. The error that is reported is the first cause: see `first_cause`. A rank that hangs is found by its `heartbeat`.
+One Ray actor a rank, in a placement group that reserves the devices which `placement` has found. An error in one rank
+makes the others fail too, in whatever they were doing together, and often sooner for the driver to see. The error that
+is reported is the first cause: see `failure`. A rank that hangs is found by its `heartbeat`, a machine that is lost by
+trying to reach it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import signal
-import socket
 import time
-import traceback
-from collections.abc import Callable, Collection, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from sft_fast.errors import ConfigError, SftFastError, TrainError
+from sft_fast.console import count, seconds
+from sft_fast.errors import ClusterError, ConfigError
 from sft_fast.ray_session import cluster_address, connect
+from sft_fast.train.actor import ActorOptions, Location, RankActor, last_output
 from sft_fast.train.checkpoint import CLUSTER_NAME
-from sft_fast.train.heartbeat import LONG_WORK_FACTOR, PULSE, Heartbeats, PulseReport
-from sft_fast.train.strategy.base import RankInfo
+from sft_fast.train.failure import Failure, first_cause, to_error
+from sft_fast.train.heartbeat import LONG_WORK_FACTOR, Heartbeats, PulseReport
+from sft_fast.train.network import answering
+from sft_fast.train.placement import (
+    Layout,
+    Machine,
+    layout_of,
+    machines_of,
+    shrink,
+    usable,
+    with_layout,
+)
+from sft_fast.train.ranks import Call, environment_of, num_cores
 
 if TYPE_CHECKING:
     from sft_fast.config import SFTConfig
@@ -37,159 +46,205 @@ GRACE_SECONDS = 10.0
 # How long the driver waits for answers before it looks whether all ranks still get on.
 _WATCH_SECONDS = 1.0
 
-# Of the ends of a run, those that come from a process or a machine: what a new start may mend.
-_MENDABLE = frozenset({"rank_died", "rank_failed", "rank_hung"})
-
-# What gloo, NCCL and torch say when the other side of a connection is gone.
-_ECHO_SIGNS = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "socket timeout")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An error of a rank, as plain values that survive the way to the driver."""
-
-    rank: int
-    host: str
-    kind: str  # name of the exception's class, `died` or `hung`
-    message: str
-    traceback: str
-    seconds: float  # when, since 1970
-    error: SftFastError | None = None  # the exception itself, where it is one of ours
-
-    @property
-    def may_be_echo(self) -> bool:
-        """Whether it looks like the echo of another rank's end."""
-        text = f"{self.kind} {self.message}".lower()
-        return self.error is None and self.kind not in ("died", "hung") and any(sign in text for sign in _ECHO_SIGNS)
-
-
-class Call(Protocol):
-    """A call that is under way on all ranks."""
-
-    def result(self) -> list[Any]:
-        """The answer of each rank, in the order of the ranks; waits for them.
-
-        Raises:
-            SftFastError: a rank failed; all ranks are ended by then.
-        """
-
-
-class Ranks(Protocol):
-    """What `Cluster` and `LocalCluster` have in common."""
-
-    world_size: int
-
-    def submit(self, method: str, *arguments: Any) -> Call:
-        """Calls a method of every rank's `SFTWorker`, after all that was submitted before. Returns at once."""
-
-    def initialize(self, config: SFTConfig, *arguments: Any) -> None:
-        """Calls `SFTWorker.initialize` with each rank's `RankInfo`, and waits."""
-
-    def finish_writing(self) -> None:
-        """Waits until no rank that lives writes a checkpoint in the background, whatever else the ranks do."""
-
-    def shutdown(self) -> None:
-        """Ends all ranks. May be called again."""
-
-
-class LocalCluster:
-    """One rank in this process."""
-
-    world_size = 1
-
-    def __init__(self, config: SFTConfig) -> None:
-        if config.sft_train.world_size != 1:
-            raise ConfigError(
-                f"{config.sft_train.world_size} ranks need Ray", location="sft_train.device_mapping", code="no_ray"
-            )
-        os.environ.update(_environment(config, num_local_ranks=1, num_cores=num_cores()))
-        self._config = config
-        self._worker: Any = None
-        self._error: Exception | None = None
-
-    def initialize(self, config: SFTConfig, *arguments: Any) -> None:
-        """See `Ranks`."""
-        device = "cpu" if _gpus_per_node(config, _count_local_gpus) == 0 else "cuda"
-        if device == "cuda":
-            # Before torch looks for devices.
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible_device(config.sft_train.devices[0])
-        os.environ["DS_ACCELERATOR"] = device
-        from sft_fast.train.worker import SFTWorker
-
-        self._worker = SFTWorker()
-        self._worker.initialize(config, RankInfo(device=device, master_port=free_port()), *arguments)
-
-    def submit(self, method: str, *arguments: Any) -> Call:
-        """See `Ranks`; here the work is done before it returns. After an error nothing is tried again."""
-        if self._error is None:
-            try:
-                return _Done(getattr(self._worker, method)(*arguments))
-            except Exception as error:
-                self._error = error
-        return _Done(None, self._error)
-
-    def finish_writing(self) -> None:
-        """See `Ranks`."""
-        if self._worker is not None:
-            self._worker.finish_writing()
-
-    def shutdown(self) -> None:
-        """See `Ranks`."""
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
-
-
-@dataclass(frozen=True)
-class _Done:
-    """The answer of the one rank, or its error."""
-
-    value: Any
-    error: Exception | None = None
-
-    def result(self) -> list[Any]:
-        if self.error is not None:
-            raise self.error
-        return [self.value]
+# How long what a run reserves may be held by others, such as the ranks before it that are just ending.
+_RESERVE_SECONDS = 30.0
 
 
 class Cluster:
     """One Ray actor a rank. Starts Ray on this machine, or joins the cluster of `ray_address`."""
 
-    def __init__(self, config: SFTConfig) -> None:
+    def __init__(
+        self, config: SFTConfig, began: Layout | None = None, note: Callable[[str], None] = lambda _text: None
+    ) -> None:
         """Starts the actors; the model comes with `initialize`.
+
+        Args:
+            config: the run.
+            began: the layout with which the run began, if it starts again: its machines are waited for, and then it
+                goes on with those that are there.
+            note: takes what there is to say meanwhile.
 
         Raises:
             ConfigError: `device_mapping` names a machine or a device that is not there.
+            ClusterError: others hold what is needed; or too few machines are left.
+            TrainError: a machine was lost meanwhile.
         """
-        self._local_pids: list[int] = []
-        self.world_size = config.sft_train.world_size
         self._actors: list[Any] = []
-        self._writes_beside, self._hang_timeout = config.async_save, config.hang_timeout
+        self._group: Any = None
+        self._locations: list[Location] = []
         self._ray, self._has_joined = connect(cluster_address(config.ray_address))
-        ray = self._ray
         try:
-            places = _places(config, self._ray.nodes(), ray.get_runtime_context().get_node_id())
-            self._actors = [_start_actor(ray, config, place) for place in places]
-            # Asked of all at once, so that they start at the same time.
-            found = ray.get([actor.locate.remote() for actor in self._actors])
+            if began is None:
+                machines = self._look(config)
+                self.layout = layout_of(config, machines)
+                self.config = config
+            else:
+                self.config, self.layout, machines = self._wait_for_machines(config, began, note)
+            self.world_size = len(self.layout.seats)
+            self._machines = [machines[seat.machine] for seat in self.layout.seats]  # by rank
+            self.num_machines = len({machine.node_id for machine in self._machines})
+            self._logs = Path(config.logging_dir, config.exp_name, "ranks")
+            self._start(machines)
+            self._locations = self._locate()
         except BaseException:
             self.shutdown()
             raise
-        self._hosts = [host for host, _, _, _ in found]
-        self._pids = [pid for _, pid, _, _ in found]
-        driver_node = ray.get_runtime_context().get_node_id()
-        self._local_pids = [pid for pid, place in zip(self._pids, places, strict=True) if place.node_id == driver_node]
         self._heartbeats = Heartbeats(
             self._ask_pulse, self._pulse, self.world_size, config.heartbeat_timeout, config.hang_timeout
         )
-        _, _, address, port = found[0]
-        address = "127.0.0.1" if len({place.node_id for place in places}) == 1 else address
-        self._ranks = [replace(place.rank, master_address=address, master_port=port) for place in places]
+        address = self._machines[0].address if self.num_machines > 1 else "127.0.0.1"
+        self._ranks = [
+            replace(info, master_address=address, master_port=self._locations[0].port) for info in self.layout.infos()
+        ]
+
+    def _look(self, config: SFTConfig) -> list[Machine]:
+        """The machines that the run can use and that answer."""
+        nodes, ours = self._ray.nodes(), self._ray.get_runtime_context().get_node_id()
+        return answering(usable(config, machines_of(nodes, ours)))
+
+    def _wait_for_machines(
+        self, config: SFTConfig, began: Layout, note: Callable[[str], None]
+    ) -> tuple[SFTConfig, Layout, list[Machine]]:
+        """Waits for all that the run began with, `rejoin_timeout` at most, and then takes what is there."""
+        deadline, has_said = time.monotonic() + config.rejoin_timeout, False
+        while True:
+            machines = self._look(config)
+            if began.missing_from(machines) is None:
+                return with_layout(config, began), began, machines
+            if time.monotonic() >= deadline:
+                changed, layout = shrink(config, began, machines)
+                note(
+                    f"going on with {count(layout.num_machines)} of {count(began.num_machines)} machines: "
+                    f"{count(len(layout.seats))} ranks, "
+                    f"{count(changed.sft_train.training_args.gradient_accumulation_steps)} micro-batches a step each"
+                )
+                return changed, layout, machines
+            if not has_said:
+                note(
+                    f"{count(len(machines))} of {count(began.num_machines)} machines are there: waiting for the "
+                    f"others, {seconds(config.rejoin_timeout)} at most (rejoin_timeout)"
+                )
+                has_said = True
+            time.sleep(_WATCH_SECONDS)
+
+    def _start(self, machines: Sequence[Machine]) -> None:
+        """Reserves the devices, and starts the process of each rank with its environment set before any import."""
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        reserved = self.layout.bundles(machines)
+        self._group = placement_group(
+            [resources for _, resources in reserved],
+            bundle_label_selector=[{"ray.io/node-id": machine.node_id} for machine, _ in reserved],
+        )
+        if not self._group.wait(_RESERVE_SECONDS):
+            raise _no_room(reserved, self._ray.available_resources())
+        bundle_of = {machine.node_id: number for number, (machine, _) in enumerate(reserved)}
+        remote = self._ray.remote(concurrency_groups={"heartbeat": 1, "writer": 1})(RankActor)
+        for info, seat, machine in zip(self.layout.infos(), self.layout.seats, self._machines, strict=True):
+            cores = num_cores() if machine.is_ours else max(1, machine.num_cores)
+            variables = environment_of(self.config, info.local_world_size, cores)
+            variables["DS_ACCELERATOR"] = info.device
+            # Ray is asked for no GPU, and leaves the choice to the actor.
+            variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+            options = ActorOptions(
+                rank=info.rank,
+                gpu=seat.gpu,
+                address=machine.address if self.num_machines > 1 else None,
+                directory=os.getcwd(),
+                log_path=str(self._log_of(info.rank)),
+            )
+            actor = remote.options(
+                name=f"{CLUSTER_NAME}-{info.rank}-{os.getpid()}-{time.monotonic_ns()}",
+                num_cpus=0,
+                num_gpus=0,
+                runtime_env={"env_vars": variables},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=bundle_of[machine.node_id]
+                ),
+            ).remote(options)
+            self._actors.append(actor)
+
+    def _locate(self) -> list[Location]:
+        """Where the ranks are; asked of all at once, so that they start at the same time."""
+        return self._ask("locate", [()] * self.world_size, "it does not start")
+
+    def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]], complaint: str) -> list[Any]:
+        """What each rank's actor (not its worker) answers to a question.
+
+        Raises:
+            TrainError: a rank has ended, its machine is lost, or it has not answered in the time for long work.
+        """
+        patience = LONG_WORK_FACTOR * self.config.hang_timeout
+        calls = zip(self._actors, arguments, strict=True)
+        pending = {getattr(actor, method).remote(*values): rank for rank, (actor, values) in enumerate(calls)}
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + patience
+        while pending:
+            ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=_WATCH_SECONDS)
+            for reference in ready:
+                rank = pending.pop(reference)
+                answers[rank] = self._get(reference, rank)
+            failures = [answer for answer in answers.values() if isinstance(answer, Failure)]
+            if not ready:
+                failures += self._lost(pending.values())
+            if not ready and time.monotonic() > deadline:
+                reason = f"{complaint}: no answer for {seconds(patience)}"
+                failures += [self._failure(rank, "hung", reason) for rank in pending.values()]
+            if failures:
+                self.shutdown()
+                raise to_error(first_cause(failures))
+        return [answers[rank] for rank in range(self.world_size)]
+
+    def check_shared(self, paths: Mapping[str, str], directories: Sequence[str]) -> None:
+        """See `Ranks`."""
+        if self.num_machines == 1:
+            return
+        wanted = {f"{what} {path}": os.path.abspath(path) for what, path in paths.items() if "://" not in path}
+        probes = []
+        try:
+            for directory in directories:
+                # A file that no other machine can have by chance.
+                probe = Path(directory).absolute() / f".shared-{uuid.uuid4().hex}"
+                probe.parent.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+                probes.append(probe)
+                wanted[f"what this machine writes to {directory}"] = str(probe)
+            answers = self._ask("unseen", [(wanted,)] * self.world_size, "it does not look for its files")
+        finally:
+            for probe in probes:
+                probe.unlink(missing_ok=True)
+        lacking = [
+            f"rank {rank} on {self._name(rank)} does not see {missing[0]}"
+            for rank, missing in enumerate(answers)
+            if missing
+        ]
+        if lacking:
+            raise ConfigError(
+                "; ".join(lacking[:4]),
+                code="not_shared",
+                hint="the model, the data sets, output_dir and logging_dir have to be on storage that all machines see "
+                "under the same path; object storage does for data_cache_dir",
+            )
 
     def initialize(self, config: SFTConfig, *arguments: Any) -> None:
         """See `Ranks`."""
+        if self.num_machines > 1:
+            self._check_network()
         self._call("initialize", [(config, rank, *arguments) for rank in self._ranks]).result()
+
+    def _check_network(self) -> None:
+        """Raises where a rank cannot reach rank 0: the process group would try for half an hour, and name nobody."""
+        place = (self._machines[0].address, self._locations[0].probe_port)
+        reasons = self._ask("why_unreachable", [place] * self.world_size, "it does not try the network")
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise ClusterError(
+                    f"rank {rank} on {self._name(rank)} cannot reach rank 0 on {self._name(0)}: {reason}",
+                    code="unreachable",
+                    hint="the machines of a run need open ports between them, 1024 to 65535; `ray start "
+                    "--node-ip-address` says which of its networks a machine uses",
+                )
 
     def submit(self, method: str, *arguments: Any) -> Call:
         """See `Ranks`."""
@@ -200,29 +255,56 @@ class Cluster:
         return _RayCall(self, calls)
 
     def wait(self, references: list[Any]) -> list[Any]:
-        """The answers of all ranks; on the first error or hang, the end of them all and an exception."""
+        """The answers of all ranks; on the first error, hang or loss, the end of them all and an exception."""
         values: dict[int, Any] = {}
         pending = {reference: rank for rank, reference in enumerate(references)}
         self._heartbeats.start()
         while pending:
             ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=_WATCH_SECONDS)
-            failures = [failure] if (failure := self._find_hang()) is not None else []
+            failures = self._watch()
             for reference in ready:
                 rank = pending.pop(reference)
                 values[rank] = self._get(reference, rank)
                 if isinstance(values[rank], Failure):
                     failures = [values[rank], *self._later_failures(pending, values[rank])]
             if failures:
-                self.finish_writing({failure.rank for failure in failures if failure.kind == "hung"})
+                self.finish_writing({failure.rank for failure in failures if failure.kind in ("hung", "lost")})
                 self.shutdown()
                 raise to_error(first_cause(failures))
         return [values[rank] for rank in range(self.world_size)]
 
-    def _find_hang(self) -> Failure | None:
+    def _watch(self) -> list[Failure]:
+        """Ranks that no longer get on."""
         hang = self._heartbeats.check()
-        if hang is None:
-            return None
-        return Failure(hang.rank, self._hosts[hang.rank], "hung", hang.message, hang.stack, time.time())
+        # A rank that is late with its answer may be busy. If its machine is gone, that shows sooner.
+        silent = self._heartbeats.silent(self.config.heartbeat_timeout / 4)
+        if hang is not None:
+            silent = [*silent, hang.rank]
+        failures = self._lost(silent)
+        if hang is not None and not failures:
+            failures = [self._failure(hang.rank, "hung", hang.message, hang.stack)]
+        return failures
+
+    def _lost(self, ranks: Iterable[int]) -> list[Failure]:
+        """Those of some ranks whose machines do not answer any more."""
+        ranks = list(ranks)
+        there = {machine.node_id for machine in answering({self._machines[rank]: None for rank in ranks})}
+        return [
+            self._failure(rank, "lost", "its machine does not answer any more", last_output(self._log_of(rank)))
+            for rank in ranks
+            if self._machines[rank].node_id not in there
+        ]
+
+    def _failure(self, rank: int, kind: str, message: str, details: str = "") -> Failure:
+        return Failure(rank, self._name(rank), kind, message, details, time.time())
+
+    def _name(self, rank: int) -> str:
+        """Where a rank runs, for people."""
+        machine = self._machines[rank]
+        return machine.name if self.num_machines > 1 else machine.host
+
+    def _log_of(self, rank: int) -> Path:
+        return (self._logs / f"rank-{rank}.log").absolute()
 
     def _ask_pulse(self, rank: int) -> Any:
         return self._actors[rank].pulse.options(concurrency_group="heartbeat").remote()
@@ -238,13 +320,15 @@ class Cluster:
         """What else goes wrong soon after; only waited for where the first error may be the echo of another."""
         failures = [first]
         deadline = time.monotonic() + GRACE_SECONDS
-        while pending and all(failure.may_be_echo for failure in failures):
-            ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                break
-            value = self._get(ready[0], pending.pop(ready[0]))
-            if isinstance(value, Failure):
-                failures.append(value)
+        while pending and all(failure.may_be_echo for failure in failures) and time.monotonic() < deadline:
+            ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=_WATCH_SECONDS)
+            for reference in ready:
+                rank = pending.pop(reference)
+                value = self._get(reference, rank)
+                if isinstance(value, Failure):
+                    failures.append(value)
+            # Sooner than Ray, which asks several times before it gives up a machine.
+            failures += self._lost(pending.values())
         return failures[1:]
 
     def _get(self, reference: Any, rank: int) -> Any:
@@ -252,20 +336,21 @@ class Cluster:
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
+            if lost := self._lost([rank]):
+                return lost[0]
             lines = [line.strip() for line in str(error).splitlines()]
             reason = next((line for line in lines if "exit detail" in line.lower()), type(error).__name__)
-            output = _last_output(self._pids[rank])
-            return Failure(rank, self._hosts[rank], "died", reason, output, time.time())
+            return self._failure(rank, "died", reason, last_output(self._log_of(rank)))
 
     def finish_writing(self, hung: Collection[int] = ()) -> None:
         """See `Ranks`. Nobody waits for the ranks that hang, and not long for the others, which may wait for those."""
-        if self._writes_beside:
+        if self.config.async_save:
             asked = [
                 actor.finish_writing.options(concurrency_group="writer").remote()
                 for rank, actor in enumerate(self._actors)
                 if rank not in hung
             ]
-            timeout = self._hang_timeout * (1 if hung else LONG_WORK_FACTOR)
+            timeout = self.config.hang_timeout * (1 if hung else LONG_WORK_FACTOR)
             if asked:
                 self._ray.wait(asked, num_returns=len(asked), timeout=timeout)
 
@@ -274,10 +359,16 @@ class Cluster:
         for actor in self._actors:
             self._ray.kill(actor)
         if self._actors:
-            for pid in self._local_pids:  # a process that is stopped does not hear Ray
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            for machine, location in zip(self._machines, self._locations, strict=False):
+                if machine.is_ours:  # a process that is stopped does not hear Ray
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(location.pid, signal.SIGKILL)
         self._actors = []
+        if self._group is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            remove_placement_group(self._group)
+            self._group = None
         if self._has_joined:
             self._ray.shutdown()
             self._has_joined = False
@@ -292,214 +383,16 @@ class _RayCall:
         return self.cluster.wait(self.references)
 
 
-class RankActor:
-    """What runs in the process of a rank: an `SFTWorker` whose errors become answers. Ray makes an actor of it.
-
-    Nothing here may import torch or DeepSpeed before the first call: they read the environment when they are imported.
-    """
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._worker: Any = None
-        self._failure: Failure | None = None
-        self._held_port = _hold_port()
-
-    def locate(self) -> tuple[str, int, str, int]:
-        """Host name, process id, network address, and a port of it that stays free for torch to listen on."""
-        from ray.util import get_node_ip_address
-
-        return platform.node(), os.getpid(), get_node_ip_address(), int(self._held_port.getsockname()[1])
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """The answer of a worker's method, or the first `Failure` of this rank: after that nothing is tried again."""
-        if self._failure is not None:
-            return self._failure
-        try:
-            PULSE.advance(method)
-            if self._worker is None:
-                from sft_fast.train.worker import SFTWorker
-
-                self._worker = SFTWorker()
-            return getattr(self._worker, method)(*arguments)
-        except Exception as error:
-            self._failure = Failure(
-                rank=self._rank,
-                host=platform.node(),
-                kind=type(error).__name__,
-                message=str(error),
-                traceback=traceback.format_exc(),
-                seconds=time.time(),
-                error=error if isinstance(error, SftFastError) else None,
-            )
-            return self._failure
-        finally:
-            PULSE.advance("")
-
-    def finish_writing(self) -> None:
-        """Returns when this rank writes nothing in the background; asked in a thread of its own."""
-        if self._worker is not None:
-            self._worker.finish_writing()
-
-    def pulse(self) -> PulseReport:
-        """What this rank is doing; asked in a thread of its own."""
-        return PULSE.report()
-
-
-def first_cause(failures: Sequence[Failure]) -> Failure:
-    """The failure that set the others off: the earliest of those that are no echo, or the earliest of all."""
-    return min(failures, key=lambda failure: (failure.may_be_echo, failure.seconds))
-
-
-def to_error(failure: Failure) -> SftFastError:
-    """A failure as an exception that names rank and host. What the user can put right stays as it is."""
-    if failure.error is not None and failure.error.exit_status == 2:
-        return failure.error
-    where = f"rank {failure.rank} on {failure.host}"
-    last_lines = "\n".join(failure.traceback.strip().splitlines()[-8:])
-    if failure.kind == "died":
-        return TrainError(f"{where} died: {failure.message}", code="rank_died", hint=last_lines or None)
-    if failure.kind == "hung":
-        return TrainError(f"{where}: {failure.message}", code="rank_hung", hint=last_lines or None)
-    if failure.error is not None:
-        return TrainError(f"{where}: {failure.error.message}", code=failure.error.code, hint=failure.error.hint)
-    return TrainError(f"{where} failed: {failure.kind}: {failure.message}", code="rank_failed", hint=last_lines)
-
-
-def may_be_mended(error: SftFastError) -> bool:
-    """Whether the run may get further when its ranks are started again."""
-    return error.code in _MENDABLE
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a rank runs."""
-
-    rank: RankInfo
-    node_id: str
-    num_cores: int  # of that machine
-    gpu: int | None  # its number on that machine; None for a rank on the CPU
-
-
-def _places(config: SFTConfig, nodes: list[dict[str, Any]], driver_node: str) -> list[_Place]:
-    """The place of each entry of `device_mapping`: device d is GPU `d % n` of machine `d // n`, this machine first.
-
-    Raises:
-        ConfigError: there is no such machine or GPU.
-    """
-    machines = sorted(
-        (node for node in nodes if node["Alive"]),
-        key=lambda node: (node["NodeID"] != driver_node, node["NodeManagerAddress"]),
+def _no_room(reserved: Sequence[tuple[Machine, dict[str, float]]], free: Mapping[str, float]) -> ClusterError:
+    """What was asked for, and what there is."""
+    asked = "; ".join(
+        f"{amount:.0f} {kind} of {machine.name}, which has {machine.num_gpus if kind == 'GPU' else machine.num_cores}"
+        for machine, resources in reserved
+        for kind, amount in resources.items()
     )
-    num_gpus = _gpus_per_node(config, lambda: int(machines[0]["Resources"].get("GPU", 0)))
-    found: list[tuple[dict[str, Any], int | None]] = []
-    for device in config.sft_train.devices:
-        number, gpu = divmod(device, num_gpus) if num_gpus else (0, None)
-        if number >= len(machines):
-            raise _no_such_device(f"device {device} is on machine {number + 1}, but Ray has {len(machines)}")
-        present = int(machines[number]["Resources"].get("GPU", 0))
-        if gpu is not None and gpu >= present:
-            raise _no_such_device(f"device {device} is GPU {gpu} of a machine that has {present}")
-        found.append((machines[number], gpu))
-    of_machine = [node["NodeID"] for node, _ in found]
-    return [
-        _Place(
-            rank=RankInfo(
-                rank=rank,
-                world_size=len(found),
-                local_rank=of_machine[:rank].count(node["NodeID"]),
-                local_world_size=of_machine.count(node["NodeID"]),
-                device="cpu" if gpu is None else "cuda",
-            ),
-            node_id=node["NodeID"],
-            num_cores=num_cores() if node["NodeID"] == driver_node else int(node["Resources"].get("CPU", 1)),
-            gpu=gpu,
-        )
-        for rank, (node, gpu) in enumerate(found)
-    ]
-
-
-def _no_such_device(reason: str) -> ConfigError:
-    return ConfigError(
-        reason,
-        code="no_device",
-        location="sft_train.device_mapping",
-        hint="set device_mapping and num_gpus_per_node to what there is; num_gpus_per_node=0 trains on the CPU",
+    left = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("GPU", "CPU"))
+    return ClusterError(
+        f"asked for {asked}; in the whole cluster {left} are free",
+        code="no_room",
+        hint="others use the machines: `ray status` shows who; wait for them, or change device_mapping",
     )
-
-
-def _start_actor(ray: Any, config: SFTConfig, place: _Place) -> Any:
-    """Starts the process of a rank, with its environment set before anything is imported."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    variables = _environment(config, place.rank.local_world_size, place.num_cores)
-    variables["DS_ACCELERATOR"] = place.rank.device
-    # Ray is asked for no GPU and so would hide them all; which one a rank sees is said here.
-    variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    variables["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else visible_device(place.gpu)
-    options = {
-        "name": f"{CLUSTER_NAME}-{place.rank.rank}-{os.getpid()}-{time.monotonic_ns()}",
-        "num_cpus": 0,
-        "num_gpus": 0,
-        "runtime_env": {"env_vars": variables},
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node_id, soft=False),
-    }
-    return (
-        ray.remote(concurrency_groups={"heartbeat": 1, "writer": 1})(RankActor)
-        .options(**options)
-        .remote(place.rank.rank)
-    )
-
-
-def _environment(config: SFTConfig, num_local_ranks: int, num_cores: int) -> dict[str, str]:
-    """Environment variables of a rank: its share of the cores, then what the configuration sets."""
-    threads = str(max(1, num_cores // num_local_ranks))
-    # By default idle threads spin, and take the cores from those that all wait for: with one other busy process on the
-    # machine, a step takes ten times as long.
-    ours = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
-    return ours | config.system_envs | config.sft_train.system_envs
-
-
-def _gpus_per_node(config: SFTConfig, count: Callable[[], int]) -> int:
-    """GPUs of each machine that the run may use: as configured, else what `count` finds."""
-    return count() if config.num_gpus_per_node is None else config.num_gpus_per_node
-
-
-def _count_local_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def visible_device(gpu: int) -> str:
-    """GPU number `gpu` as CUDA_VISIBLE_DEVICES says it, where that variable already leaves only some."""
-    allowed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return allowed[gpu].strip() if gpu < len(allowed) else str(gpu)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on, for use at once."""
-    with _hold_port() as held:
-        return int(held.getsockname()[1])
-
-
-def _hold_port() -> socket.socket:
-    """A port that is given to nobody else while the socket is open, but that this machine may still listen on.
-
-    Between the choice of a port and its use lies the import of torch: time enough for another process to be given it.
-    """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("", 0))
-    return held
-
-
-def _last_output(pid: int) -> str:
-    """The end of what a process of Ray wrote to stderr, if it ran on this machine."""
-    for path in Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.err"):
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
-    return ""

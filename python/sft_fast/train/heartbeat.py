@@ -109,6 +109,15 @@ class Heartbeats:
         self._references = [None] * len(self._references)
         self._reports = [None] * len(self._reports)
 
+    def silent(self, seconds: float) -> list[int]:
+        """The ranks that have been asked so long ago and have not answered."""
+        now = time.monotonic()
+        return [
+            rank
+            for rank, reference in enumerate(self._references)
+            if reference is not None and now - self._asked[rank] > seconds
+        ]
+
     def check(self) -> Hang | None:
         """Takes the answers that are there, asks those that answered again, and judges. Returns at once."""
         now = time.monotonic()

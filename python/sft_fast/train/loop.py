@@ -17,14 +17,14 @@ from sft_fast.errors import SftFastError, TrainError
 from sft_fast.train.checkpoint import (
     TrainState,
     commit,
-    is_written,
+    missing_parts,
     naming_a_full_disk,
     remove_old,
     staging_directory,
 )
-from sft_fast.train.cluster import Call, Ranks
 from sft_fast.train.metrics import StepFile, StepMetrics
 from sft_fast.train.progress import RunProgress
+from sft_fast.train.ranks import Call, Ranks
 from sft_fast.train.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -180,6 +180,15 @@ class TrainLoop:
 
     def _commit(self, staging: Path, state: TrainState, how: str) -> None:
         """Makes what the ranks have written a checkpoint of `state`."""
+        missing = missing_parts(staging, self._cluster.world_size)
+        if missing:
+            raise TrainError(
+                f"what these ranks wrote of the checkpoint of step {state.step} is not seen on this machine: "
+                + ", ".join(map(str, missing)),
+                code="incomplete",
+                path=str(staging),
+                hint="output_dir has to be on storage that all machines share, under the same path",
+            )
         with naming_a_full_disk(staging):
             saved = commit(staging, replace(state, saved_at=time.time()))
         self._saved_step = state.step
@@ -217,7 +226,7 @@ class TrainLoop:
             return
         try:
             self._cluster.finish_writing()
-            if is_written(background.staging, self._cluster.world_size):
+            if not missing_parts(background.staging, self._cluster.world_size):
                 self._commit(background.staging, background.state, "written in full before the run failed")
             else:
                 note(f"the checkpoint of step {background.state.step} was not written in full: it is left out")

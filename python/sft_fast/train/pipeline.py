@@ -35,11 +35,14 @@ from sft_fast.train.checkpoint import (
     own_checkpoints,
     staging_directory,
 )
-from sft_fast.train.cluster import Cluster, LocalCluster, Ranks, may_be_mended
+from sft_fast.train.cluster import Cluster
+from sft_fast.train.failure import may_be_mended
 from sft_fast.train.loop import Outputs, TrainLoop
 from sft_fast.train.metrics import StepFile
+from sft_fast.train.placement import Layout
 from sft_fast.train.plan import BatchArithmetic, train_stream, validation_stream
 from sft_fast.train.progress import RunProgress, logger, open_log_file
+from sft_fast.train.ranks import LocalCluster, Ranks
 from sft_fast.train.strategy import check_strategy
 from sft_fast.train.strategy.universal import convert_checkpoint
 from sft_fast.train.tracking import Tracker, create_tracker
@@ -83,6 +86,7 @@ class SFTPipeline:
         self._run_directory = Path(config.logging_dir) / config.exp_name
         self._stop_signal: str | None = None
         self._last_step = 0  # how far the ranks came
+        self._began: Layout | None = None  # on which machines, once they have been found
 
     def run(self) -> None:
         """Preprocesses what the cache lacks, trains, validates, saves, exports.
@@ -153,8 +157,8 @@ class SFTPipeline:
                     self._train(data, resumed, state, Outputs(metrics, generations, tracker, progress))
                     return
                 except SftFastError as error:
-                    # What fails before it has done a single step will fail again.
-                    has_got_on = self._last_step > state.step
+                    # What fails before it has done a single step will fail again, unless it is for a machine.
+                    has_got_on = self._last_step > state.step or error.code == "machine_lost"
                     if not (num_restarts_left and has_got_on and may_be_mended(error)):
                         raise
                     own = own_checkpoints(config.output_dir, state.run_id)
@@ -170,18 +174,17 @@ class SFTPipeline:
             progress.note(f"resuming after step {count(state.step)} from {resumed.path}")
         elif config.resume_from_checkpoint:
             progress.note(f"no complete checkpoint under {config.output_dir}: starting from {config.pretrain}")
-        with self._loadable(resumed, progress) as (checkpoint, is_universal):
-            cluster: Ranks = Cluster(config) if self._use_ray else LocalCluster(config)
-            start = time.perf_counter()
-            try:
+        start = time.perf_counter()
+        cluster = self._start_ranks(progress)
+        try:
+            config = cluster.config
+            self._check_shared(cluster, data, resumed)
+            with self._loadable(config, resumed, progress) as (checkpoint, is_universal):
                 cluster.initialize(
                     config, data.train_path, data.val_paths, checkpoint, is_universal, data.train_sources
                 )
-            except BaseException:
-                cluster.shutdown()
-                raise
-        try:
             progress.note(f"ranks ready: {cluster.world_size}, after {seconds(time.perf_counter() - start)}")
+            state = replace(state, world_size=config.sft_train.world_size)
             has_validation = bool(data.val_paths)
             loop = TrainLoop(config, cluster, data.num_steps, has_validation, state, outputs, lambda: self._stop_signal)
             try:
@@ -199,10 +202,28 @@ class SFTPipeline:
             cluster.shutdown()
             clean_up(config.output_dir)  # of the checkpoint that was being written, where an error ended the run
 
-    @contextlib.contextmanager
-    def _loadable(self, resumed: Checkpoint | None, progress: RunProgress) -> Iterator[tuple[str | None, bool]]:
-        """The directory to load (None for a fresh start), and whether it was converted for this number of ranks."""
+    def _start_ranks(self, progress: RunProgress) -> Ranks:
+        """The ranks, on all machines; when the run starts again, on those that are there."""
+        if not self._use_ray:
+            return LocalCluster(self._config)
+        cluster = Cluster(self._config, self._began, progress.note)
+        self._began = self._began or cluster.layout
+        return cluster
+
+    def _check_shared(self, cluster: Ranks, data: _Data, resumed: Checkpoint | None) -> None:
+        """Makes sure that each machine has what its ranks are about to read, and writes where the others do."""
         config = self._config
+        paths = {"the model": config.pretrain, "the training data": data.train_path}
+        paths |= {f"the data of {name}": path for name, path in data.val_paths.items()}
+        if resumed is not None:
+            paths["the checkpoint"] = str(resumed.path)
+        cluster.check_shared(paths, [config.output_dir, config.logging_dir])
+
+    @contextlib.contextmanager
+    def _loadable(
+        self, config: SFTConfig, resumed: Checkpoint | None, progress: RunProgress
+    ) -> Iterator[tuple[str | None, bool]]:
+        """The directory to load (None for a fresh start), and whether it was converted for the ranks of `config`."""
         is_for_any = config.sft_train.strategy_args.strategy_name == "fsdp2_train"
         now = (config.sft_train.world_size, config.tensor_parallel_size)
         if resumed is None or is_for_any or now == (resumed.state.world_size, resumed.state.tensor_parallel_size):

@@ -269,6 +269,7 @@ class SFTWorker:
             else:
                 self._strategy.save(directory, CLUSTER_NAME)
                 self._write_model_files(directory)
+                mark_written(Path(directory), self._rank.rank)
         return time.perf_counter() - start
 
     def finish_checkpoint(self, wait: bool) -> WriteReport | None:

@@ -1,0 +1,170 @@
+"""Training on machines in network namespaces: as on one, and on what is left when one is killed or cut off."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sft_fast.config import SFTConfig
+from sft_fast.train.metrics import StepFile
+from sft_fast.train.pipeline import SFTPipeline
+from tests.node_helpers import Machines, machines_here
+from tests.train_helpers import Workspace
+
+pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.timeout(600)]
+
+NUM_ROWS = 12  # of a global batch: dealt to 1, 2, 3, 4 or 6 ranks in micro-batches of one or two rows
+SAME = ("step", "epoch", "learning_rate", "num_tokens", "num_label_tokens", "num_skipped_steps")
+CLOSE = ("loss", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    """The machines of all tests of this file."""
+    with machines_here(2) as machines:
+        yield machines
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A tiny model and records, on storage that all machines see."""
+    return Workspace.create(tmp_path_factory.mktemp("nodes"), num_records=60)
+
+
+def config_of(workspace: Workspace, out: Path, ranks: int, **changes: Any) -> SFTConfig:
+    """Six steps of twelve rows, saved at every second."""
+    values = {
+        "output_dir": str(out),
+        "logging_dir": str(out),
+        "export_dir": str(out / "model"),
+        "save_steps": 2,
+        "heartbeat_timeout": 12.0,
+        "rejoin_timeout": 0.0,
+        "training": {"max_steps": 6},
+    }
+    return workspace.config(packed=False, rows=2, ranks=ranks, micro_batches=NUM_ROWS // 2 // ranks, **values | changes)
+
+
+def metrics_of(config: SFTConfig) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`."""
+    lines = (Path(config.logging_dir) / "sft" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
+    """The run on one rank in this process, never disturbed."""
+    config = config_of(workspace, tmp_path_factory.mktemp("alone"), 1)
+    SFTPipeline(config, use_ray=False).run()
+    return config
+
+
+def assert_equal_runs(run: SFTConfig, other: SFTConfig) -> None:
+    """The same samples in the same steps, and to the rounding of float32 the same losses and weights."""
+    mine, theirs = metrics_of(run), metrics_of(other)
+    assert [line["step"] for line in mine] == [1, 2, 3, 4, 5, 6]
+    for one, two in zip(mine, theirs, strict=True):
+        assert {name: one[name] for name in SAME} == {name: two[name] for name in SAME}
+        for name in CLOSE:
+            assert one[name] == pytest.approx(two[name], rel=5e-5)
+    weights, others = (load_file(Path(config.export_dir or "") / "model.safetensors") for config in (run, other))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=1e-3, atol=1e-4)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> list[int]:
+    """Acts once, when a step is written down; gives the list that then has it."""
+    write, done = StepFile.write, []
+
+    def write_and_act(self: StepFile, metrics: dict[str, Any]) -> None:
+        write(self, metrics)
+        if metrics["step"] == number and not done:
+            done.append(number)
+            act()
+
+    monkeypatch.setattr(StepFile, "write", write_and_act)
+    return done
+
+
+def log_of(config: SFTConfig, name: str = "train.log") -> str:
+    """A file of the run."""
+    return (Path(config.logging_dir) / "sft" / name).read_text()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_machines_are_one(
+    machines: Machines, workspace: Workspace, alone: SFTConfig, tmp_path: Path, stage: int
+) -> None:
+    """A rank on each of two machines trains to the losses and the weights of one process, at ZeRO-1 and ZeRO-3."""
+    config = config_of(workspace, tmp_path, 2, ray_address=machines.address, stage=stage)
+    SFTPipeline(config).run()
+
+    assert_equal_runs(config, alone)
+    addresses = [machines.address_of(number) for number in machines.alive[:2]]
+    for rank, address in enumerate(addresses):
+        assert f"rank {rank} on " in log_of(config, f"ranks/rank-{rank}.log")
+        assert f"({address})" in log_of(config, f"ranks/rank-{rank}.log")
+
+
+def test_a_killed_machine_is_done_without(
+    machines: Machines, workspace: Workspace, alone: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a machine loses its power, the run is started again on the others, with the same samples in the same steps.
+
+    Three ranks with two micro-batches become two with three.
+    """
+    machines.have(3)
+    lost = machines.alive[2]
+    done = at_step(monkeypatch, 3, lambda: machines.kill(lost))
+    config = config_of(workspace, tmp_path, 3, ray_address=machines.address, min_nodes=2)
+    SFTPipeline(config).run()
+
+    assert done
+    log = log_of(config)
+    assert f"({machines.address_of(lost)}) is lost" in log
+    assert "going on with 2 of 3 machines: 2 ranks, 3 micro-batches a step each" in log
+    assert "resuming after step 2" in log
+    assert_equal_runs(config, alone)
+    assert log_of(config, "ranks/rank-1.log").count("---- ") == 2, "both starts are in one file"
+
+
+def test_a_machine_that_is_cut_off_is_done_without(
+    machines: Machines, workspace: Workspace, alone: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a cable is pulled, which closes no connection, the same."""
+    machines.have(2)
+    lost = machines.alive[1]
+    done = at_step(monkeypatch, 3, lambda: machines.cut(lost))
+    config = config_of(workspace, tmp_path, 2, ray_address=machines.address, min_nodes=1)
+    SFTPipeline(config).run()
+
+    assert done
+    log = log_of(config)
+    assert f"({machines.address_of(lost)}) is lost" in log
+    assert "going on with 1 of 2 machines: 1 ranks, 6 micro-batches a step each" in log
+    assert_equal_runs(config, alone)
+
+
+def test_a_lost_machine_is_waited_for(
+    machines: Machines, workspace: Workspace, alone: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that comes back in time, here another in its place, makes the run what it was."""
+    machines.have(2)
+    lost = machines.alive[1]
+
+    def replace() -> None:
+        machines.kill(lost)
+        machines.add()
+
+    done = at_step(monkeypatch, 3, replace)
+    config = config_of(workspace, tmp_path, 2, ray_address=machines.address, rejoin_timeout=120.0)
+    SFTPipeline(config).run()
+
+    assert done
+    assert f"({machines.address_of(lost)}) is lost" in log_of(config)
+    assert_equal_runs(config, alone)
