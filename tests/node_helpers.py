@@ -60,8 +60,8 @@ class Machines:
             None, "--head", "--port=6399", "--include-dashboard=false", "--num-cpus=0", f"--node-ip-address={NETWORK}.1"
         )
 
-    def add(self) -> int:
-        """One more machine, with two cores; gives its number."""
+    def add(self, private: Path | None = None) -> int:
+        """One more machine, with two cores; gives its number. A `private` directory has other contents on it."""
         number = len(self.numbers) + 2
         self.numbers.append(number)
         space, link = f"{self.name}-{number}", self.link(number)
@@ -71,16 +71,19 @@ class Machines:
         ip("-n", space, "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             ip("-n", space, "link", "set", device, "up")
-        self.ray(space, f"--address={self.address}", "--num-cpus=2", f"--node-ip-address={NETWORK}.{number}")
+        address = f"--node-ip-address={NETWORK}.{number}"
+        self.ray(space, f"--address={self.address}", "--num-cpus=2", address, private=private)
         return number
 
     def link(self, number: int) -> str:
         """The end of a machine's cable that is in the bridge."""
         return f"{self.name}v{number}"
 
-    def ray(self, space: str | None, *words: str) -> None:
+    def ray(self, space: str | None, *words: str, private: Path | None = None) -> None:
         """Starts Ray on a machine."""
         inside = ["ip", "netns", "exec", space] if space else []
+        if private is not None:
+            inside += ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(private)]
         store = f"--object-store-memory={80 * 2**20}"
         command = [*inside, RAY, "start", *words, store, "--disable-usage-stats"]
         # A machine that is cut off is given up after seconds, not after half a minute.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sft_fast import ConfigError, TrainError
+from sft_fast import ClusterError, ConfigError, TrainError
 from sft_fast.config import SFTConfig
 from sft_fast.train import cluster as clusters
 from sft_fast.train import pipeline as pipelines
@@ -70,6 +70,8 @@ def test_the_first_cause_is_no_echo() -> None:
 
     assert first_cause([echo, cause]) is cause
     assert first_cause([echo, died]) is died
+    lost = failure(1, "lost", "its machine does not answer any more: connection reset", 4.0)
+    assert first_cause([echo, lost]) is lost
     assert first_cause([echo]) is echo
     assert first_cause([cause, failure(2, "ValueError", "x", 1.5)]).rank == 2
 
@@ -83,6 +85,13 @@ def test_errors_name_rank_and_host() -> None:
 
     ours = to_error(failure(1, "TrainError", "", 0.0, TrainError("not finite", code="not_finite", hint="lower it")))
     assert (ours.message, ours.code, ours.hint) == ("rank 1 on host1: not finite", "not_finite", "lower it")
+
+
+def test_a_lost_machine_has_a_code_of_its_own() -> None:
+    """What became of a rank decides the code, by which programs sort and the run starts again."""
+    codes = {kind: to_error(failure(1, kind, "x", 0.0)).code for kind in ("lost", "died", "hung", "KeyError")}
+    assert codes == {"lost": "machine_lost", "died": "rank_died", "hung": "rank_hung", "KeyError": "rank_failed"}
+    assert str(to_error(failure(1, "lost", "no answer", 0.0))).startswith("rank 1 on host1 is lost: no answer")
 
 
 def test_what_the_user_can_put_right_stays_as_it_is() -> None:
@@ -293,6 +302,23 @@ def test_a_run_starts_again_after_a_rank_is_killed(
     assert "starting again, 2 more times at most" in log
 
 
+@pytest.mark.ray
+def test_what_others_hold_is_refused(workspace: Workspace, ray_session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that would wait for cores that others hold ends, with what it asked for and what is free."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    monkeypatch.setattr(clusters, "_RESERVE_SECONDS", 1.0)
+    free = int(ray_session.available_resources().get("CPU", 0))
+    held = placement_group([{"CPU": free}])
+    assert held.wait(30)
+    try:
+        with pytest.raises(ClusterError, match=r"asked for 2 CPU of .*, which has 8; .* 0 CPU are free") as caught:
+            Cluster(workspace.config(ranks=2))
+    finally:
+        remove_placement_group(held)
+    assert caught.value.code == "no_room"
+
+
 def restarts_of(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, error: TrainError, fails_at: int, **changes: Any
 ) -> int:
@@ -325,6 +351,7 @@ def restarts_of(
         ("rank_hung", 3, {}, 3),  # no checkpoint: all steps again, and again
         ("rank_hung", 3, {"max_restarts": 0}, 1),
         ("rank_died", 0, {}, 1),  # not a single step was done
+        ("machine_lost", 0, {}, 3),  # which says nothing about the next machine
         ("not_finite", 3, {}, 1),  # it is no failure of a process
     ],
 )

@@ -41,10 +41,13 @@ def test_a_rank_without_a_sign_of_life_is_hung() -> None:
     heartbeats = Heartbeats(lambda rank: rank, lambda rank: report(1, 0.0) if rank == 0 else None, 2, 0.2, 10.0)
     deadline = time.monotonic() + 10
     hang = None
+    silent_before = []
     while hang is None and time.monotonic() < deadline:
+        silent_before = heartbeats.silent(0.05)
         hang = heartbeats.check()
         time.sleep(0.01)
 
+    assert silent_before == [1], "known before it counts as hung, so that its machine can be tried"
     assert hang is not None
     assert hang.rank == 1
     assert "not answered" in hang.message

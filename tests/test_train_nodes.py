@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sft_fast import ConfigError
 from sft_fast.config import SFTConfig
 from sft_fast.train.metrics import StepFile
 from sft_fast.train.pipeline import SFTPipeline
 from tests.node_helpers import Machines, machines_here
 from tests.train_helpers import Workspace
 
-pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.timeout(600)]
+# Each starts processes of ranks up to four times.
+pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.timeout(900)]
 
 NUM_ROWS = 12  # of a global batch: dealt to 1, 2, 3, 4 or 6 ranks in micro-batches of one or two rows
 SAME = ("step", "epoch", "learning_rate", "num_tokens", "num_label_tokens", "num_skipped_steps")
@@ -168,3 +170,21 @@ def test_a_lost_machine_is_waited_for(
     assert done
     assert f"({machines.address_of(lost)}) is lost" in log_of(config)
     assert_equal_runs(config, alone)
+
+
+@pytest.mark.parametrize("what", ["cache", "out"])
+def test_a_machine_that_does_not_see_the_files_is_named(
+    machines: Machines, workspace: Workspace, tmp_path: Path, what: str
+) -> None:
+    """A machine with a disk of its own, where the others share one, is refused by name before anything is loaded."""
+    config = config_of(workspace, tmp_path / "out", 2, ray_address=machines.address)
+    config.data_cache_dir = str(tmp_path / "cache")
+    for name in ("cache", "out"):
+        (tmp_path / name).mkdir()
+    while len(machines.alive) > 1:
+        machines.kill(machines.alive[-1])
+    number = machines.add(private=tmp_path / what)
+    named = rf"rank 1 on .*\({machines.address_of(number)}\) does not see "
+    with pytest.raises(ConfigError, match=named + {"cache": "the training data", "out": "what this machine"}[what]):
+        SFTPipeline(config).run()
+    machines.kill(number)

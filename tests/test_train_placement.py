@@ -104,7 +104,7 @@ def test_a_machine_without_what_is_needed_does_not_count(workspace: Workspace) -
     assert [found.node_id for found in usable(workspace.config(num_gpus_per_node=4), machines)] == ["a"]
     assert [found.node_id for found in usable(workspace.config(num_gpus_per_node=None), machines)] == ["a"]
     assert [found.node_id for found in usable(workspace.config(), machines)] == ["a", "b"]
-    with pytest.raises(ConfigError, match="neither GPU nor core"):
+    with pytest.raises(ConfigError, match="2 ranks need a core, but no machine of Ray that answers has one"):
         layout_of(workspace.config(ranks=2), usable(workspace.config(), machines[:1]))
 
 

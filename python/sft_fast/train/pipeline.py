@@ -183,7 +183,8 @@ class SFTPipeline:
                 cluster.initialize(
                     config, data.train_path, data.val_paths, checkpoint, is_universal, data.train_sources
                 )
-            progress.note(f"ranks ready: {cluster.world_size}, after {seconds(time.perf_counter() - start)}")
+            places = f" on {count(cluster.num_machines)} machines" if cluster.num_machines > 1 else ""
+            progress.note(f"ranks ready: {cluster.world_size}{places}, after {seconds(time.perf_counter() - start)}")
             state = replace(state, world_size=config.sft_train.world_size)
             has_validation = bool(data.val_paths)
             loop = TrainLoop(config, cluster, data.num_steps, has_validation, state, outputs, lambda: self._stop_signal)

@@ -139,7 +139,8 @@ def layout_of(config: SFTConfig, machines: Sequence[Machine]) -> Layout:
     """
     devices = config.sft_train.devices
     if not machines:
-        raise _no_such_device(f"{count(len(devices))} ranks need machines, but those of Ray offer neither GPU nor core")
+        kind = "GPU" if config.num_gpus_per_node else "core"
+        raise _no_such_device(f"{count(len(devices))} ranks need a {kind}, but no machine of Ray that answers has one")
     if _has_gpus(config, machines):
         num_gpus = config.num_gpus_per_node or machines[0].num_gpus
         layout = Layout(tuple(Seat(device, *divmod(device, num_gpus)) for device in devices))

@@ -34,6 +34,7 @@ class Ranks(Protocol):
     """What `Cluster` and `LocalCluster` have in common."""
 
     world_size: int
+    num_machines: int
     config: SFTConfig  # of the run, for these ranks
 
     def submit(self, method: str, *arguments: Any) -> Call:
@@ -64,6 +65,7 @@ class LocalCluster:
     """One rank in this process."""
 
     world_size = 1
+    num_machines = 1
 
     def __init__(self, config: SFTConfig) -> None:
         if config.sft_train.world_size != 1:
