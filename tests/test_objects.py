@@ -318,6 +318,33 @@ def test_nothing_is_done_twice(proxy: Proxy, tokenizer_dir: Path, tmp_path: Path
         made(tokenizer_dir, f"s3://{BUCKET}/skipped", bad)
 
 
+@pytest.mark.parametrize("is_cache", [False, True], ids=["directory", "cache"])
+def test_only_what_changed_is_encoded(proxy: Proxy, tokenizer_dir: Path, tmp_path: Path, is_cache: bool) -> None:
+    """Samples of what did not change come from the copy of an older dataset that is here; the bytes are the same."""
+    records = random_records(3000, max_words=5)
+    options = {"tokenizer": tokenizer_dir, **OPTIONS}
+
+    def make(changed: list[Any]) -> sft_fast.Report:
+        source = put("data.jsonl", dump_lines(changed + records))
+        if is_cache:
+            return sft_fast.ensure_dataset(source, f"s3://{BUCKET}/cache", **options)
+        return sft_fast.preprocess(source, f"s3://{BUCKET}/out", overwrite=True, **options)
+
+    assert make([]).num_reused_samples == 0
+    proxy.requests.clear()
+    report = make(random_records(5, seed=9))
+    assert report.num_samples > report.num_reused_samples > 2000
+    assert not proxy.seen("GET", "shard-"), "nothing is fetched for it"
+    name = report.path.removeprefix(f"s3://{BUCKET}/")
+    there = {path.rpartition("/")[2]: content for path, content in objects_of(name).items()}
+    (tmp_path / "data.jsonl").write_bytes(files().cat_file(f"{BUCKET}/data.jsonl"))
+    sft_fast.preprocess(tmp_path / "data.jsonl", tmp_path / "one", **options)
+    expected = contents(tmp_path / "one")
+    assert without_paths(there.pop("manifest.json")) == without_paths(expected.pop("manifest.json"))
+    assert there == expected
+    assert not list((tmp_path / "objects" / "outgoing").glob("*")), "nothing that was sent is left"
+
+
 # A process of its own: arguments are what to do, tokenizer, and more.
 CHILD = f"""
 import sys, sft_fast

@@ -120,6 +120,16 @@ class ObjectCache:
                 directory.rename(part / CONTENT_NAME)
                 self._publish(part, target, num_bytes, address)
 
+    def holding(self, name: str) -> list[Held]:
+        """The entries that have a file of this name. To look at them is no use that keeps them for longer than this."""
+        try:
+            paths = [path for path in sorted(self.directory.iterdir()) if _ENTRY.fullmatch(path.name)]
+        except FileNotFoundError:
+            return []
+        paths = [path for path in paths if (path / CONTENT_NAME / name).is_file()]
+        uses = [(path, lease.Use(path, _NOTE_NAME)) for path in paths]
+        return [Held(path / CONTENT_NAME, use, True) for path, use in uses if use.is_held]
+
     def made(self) -> Path:
         """The directory, which is there now.
 

@@ -1,15 +1,22 @@
-"""A data set that goes to object storage: found there, or made on this machine and sent."""
+"""A data set that goes to object storage: found there, or made on this machine and sent.
+
+It is made in a directory that has links to the data sets in the cache of this machine, so that samples of what did not
+change are taken from them, as from those of a cache on a disk. None is fetched for that: to encode is often faster.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_fast import _core
+from sft_fast import _core, lease
 from sft_fast.errors import DatasetError, FileError
 from sft_fast.objects import datasets
 from sft_fast.objects.address import joined
@@ -20,6 +27,7 @@ from sft_fast.objects.transfer import Transfer
 Result = tuple[str, str, bool, int, float, "str | None"]
 # In the directory of the cache: data sets that are made and not sent yet. They don't count for its limit.
 _OUTGOING_NAME = "outgoing"
+_LINK_PREFIX = "older-"
 
 
 class Making:
@@ -40,13 +48,45 @@ class Making:
 
         # A killed run leaves here what it had made, and the next one finds it.
         place = self._cache.made() / _OUTGOING_NAME / hashlib.sha256(self._address.encode()).hexdigest()[:32]
-        made = _core.preprocess(files, place, in_cache=in_cache, overwrite=True, elsewhere=elsewhere, **arguments)
+        try:
+            with self._older_datasets(place):
+                made = _core.preprocess(files, place, in_cache=True, overwrite=True, elsewhere=elsewhere, **arguments)
+            address = self._finish(made, in_cache, elsewhere)
+        finally:
+            with contextlib.suppress(OSError):  # it holds the work of another process, or was not made
+                place.rmdir()
+        return address, *made[1:]
+
+    @contextlib.contextmanager
+    def _older_datasets(self, place: Path) -> Iterator[None]:
+        """Links to the data sets of the cache, beside the one that is made."""
+        links: list[Path] = []
+        older = self._cache.holding(lease.MANIFEST_NAME)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            for link in place.glob(f"{_LINK_PREFIX}*"):
+                if not link.exists():  # a killed process left it, and what it led to is gone
+                    link.unlink(missing_ok=True)
+            for held in older:
+                link = place / f"{_LINK_PREFIX}{os.getpid()}-{threading.get_ident()}-{held.path.parent.name}"
+                link.symlink_to(held.path)
+                links.append(link)
+        except OSError as error:
+            _unlink(links)
+            raise FileError(f"could not work here: {error.strerror or error}", path=str(place)) from error
+        try:
+            yield
+        finally:
+            _unlink(links)
+
+    def _finish(self, made: Result, in_cache: bool, elsewhere: Callable[[str], str | None]) -> str:
+        """Sends what was made, unless it is there; its address."""
         local, manifest, is_reused = made[:3]
         fingerprint = json.loads(manifest)["fingerprint"]
         address = self._place(fingerprint, in_cache)
         if not is_reused or elsewhere(fingerprint) is None:
             self._send(Path(local), address)
-        return address, *made[1:]
+        return address
 
     def _place(self, fingerprint: str, in_cache: bool) -> str:
         return joined(self._address, fingerprint[:32]) if in_cache else self._address.rstrip("/")
@@ -79,3 +119,8 @@ class Making:
         with contextlib.suppress(FileError):  # others use all of the room; who reads it will fetch it
             self._cache.adopt(key, directory, num_bytes, address)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _unlink(links: Sequence[Path]) -> None:
+    for link in links:
+        link.unlink(missing_ok=True)
