@@ -64,7 +64,7 @@ class Machines:
         """One more machine, with two cores; gives its number. A `private` directory has other contents on it."""
         number = len(self.numbers) + 2
         self.numbers.append(number)
-        space, link = f"{self.name}-{number}", self.link(number)
+        space, link = self.space(number), self.link(number)
         ip("netns", "add", space)
         ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
         ip("link", "set", link, "master", self.name, "up")
@@ -74,6 +74,10 @@ class Machines:
         address = f"--node-ip-address={NETWORK}.{number}"
         self.ray(space, f"--address={self.address}", "--num-cpus=2", address, private=private)
         return number
+
+    def space(self, number: int) -> str:
+        """The network namespace of a machine."""
+        return f"{self.name}-{number}"
 
     def link(self, number: int) -> str:
         """The end of a machine's cable that is in the bridge."""
@@ -100,9 +104,7 @@ class Machines:
     def kill(self, number: int) -> None:
         """Ends all processes of a machine at once, as a loss of power does."""
         self._gone.add(number)
-        listed = subprocess.run(
-            ["ip", "netns", "pids", f"{self.name}-{number}"], check=True, capture_output=True, text=True
-        )
+        listed = subprocess.run(["ip", "netns", "pids", self.space(number)], check=True, capture_output=True, text=True)
         for pid in listed.stdout.split():
             with contextlib.suppress(ProcessLookupError):  # it went with another
                 os.kill(int(pid), signal.SIGKILL)
@@ -113,7 +115,7 @@ class Machines:
             self.kill(number)
             # A namespace lasts as long as what runs in it; its cable goes at once.
             subprocess.run(["ip", "link", "del", self.link(number)], check=False)
-            subprocess.run(["ip", "netns", "del", f"{self.name}-{number}"], check=False)
+            subprocess.run(["ip", "netns", "del", self.space(number)], check=False)
         # Not `ray stop`, which would also stop clusters of others on this machine.
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):

@@ -1,6 +1,7 @@
 """Training on machines in network namespaces: as on one, and on what is left when one is killed or cut off."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sft_fast import ConfigError
+from sft_fast import ClusterError, ConfigError
 from sft_fast.config import SFTConfig
 from sft_fast.train.metrics import StepFile
 from sft_fast.train.pipeline import SFTPipeline
-from tests.node_helpers import Machines, machines_here
+from tests.node_helpers import Machines, ip, machines_here
 from tests.train_helpers import Workspace
 
 # Each starts processes of ranks up to four times.
@@ -152,23 +153,48 @@ def test_a_machine_that_is_cut_off_is_done_without(
     assert_equal_runs(config, alone)
 
 
+def test_a_short_cut_is_no_loss(
+    machines: Machines, workspace: Workspace, alone: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cable that is pulled and put back before anybody gives up costs that time, and no restart."""
+    machines.have(2)
+    link = machines.link(machines.alive[1])
+
+    def cut_and_heal() -> None:
+        ip("link", "set", link, "down")
+        threading.Timer(0.5, ip, ("link", "set", link, "up")).start()
+
+    done = at_step(monkeypatch, 3, cut_and_heal)
+    config = config_of(workspace, tmp_path, 2, ray_address=machines.address)
+    SFTPipeline(config).run()
+
+    assert done
+    assert "starting again" not in log_of(config)
+    assert_equal_runs(config, alone)
+
+
 def test_a_lost_machine_is_waited_for(
     machines: Machines, workspace: Workspace, alone: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that comes back in time, here another in its place, makes the run what it was."""
+    """The run waits for a machine that comes back in time, here another in its place, and is then what it was."""
     machines.have(2)
     lost = machines.alive[1]
+    adding = threading.Timer(5.0, machines.add)
 
     def replace() -> None:
         machines.kill(lost)
-        machines.add()
+        adding.start()
 
     done = at_step(monkeypatch, 3, replace)
     config = config_of(workspace, tmp_path, 2, ray_address=machines.address, rejoin_timeout=120.0)
     SFTPipeline(config).run()
+    adding.join()
 
     assert done
-    assert f"({machines.address_of(lost)}) is lost" in log_of(config)
+    log = log_of(config)
+    assert f"({machines.address_of(lost)}) is lost" in log
+    assert "1 of 2 machines are there: waiting for the others" in log
+    assert "ranks ready: 2 on 2 machines" in log.rpartition("waiting for the others")[2]
     assert_equal_runs(config, alone)
 
 
@@ -188,3 +214,21 @@ def test_a_machine_that_does_not_see_the_files_is_named(
     with pytest.raises(ConfigError, match=named + {"cache": "the training data", "out": "what this machine"}[what]):
         SFTPipeline(config).run()
     machines.kill(number)
+
+
+def test_a_rank_that_does_not_reach_the_first_is_named(
+    machines: Machines, workspace: Workspace, tmp_path: Path
+) -> None:
+    """Where a firewall or a route is between two machines, the run ends at once and names both."""
+    machines.have(2)
+    first, second = machines.alive[:2]
+    route = f"{machines.address_of(first)}/32"
+    ip("-n", machines.space(second), "route", "add", "unreachable", route)
+    first_name, second_name = (rf"\({machines.address_of(number)}\)" for number in (first, second))
+    config = config_of(workspace, tmp_path, 2, ray_address=machines.address)
+    words = rf"rank 1 on .*{second_name} cannot reach rank 0 on .*{first_name}: No route to host"
+    try:
+        with pytest.raises(ClusterError, match=words):
+            SFTPipeline(config).run()
+    finally:
+        ip("-n", machines.space(second), "route", "del", "unreachable", route)
