@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -124,7 +125,7 @@ def test_json_report_is_the_report(run_cli: Run, tokenizer_dir: Path, write_json
 
 
 def test_preprocessing_loads_only_what_it_needs(tokenizer_dir: Path, write_jsonl: Write, tmp_path: Path) -> None:
-    """What draws, counts, or talks to the network would be most of the start-up: where it has no use, it is not loaded."""
+    """What draws, counts, or talks to the network would be most of the start-up: without a use, it is not loaded."""
     write_jsonl("data.jsonl", RECORDS)
     program = (
         "import atexit, sys; from sft_fast.cli import main\n"
@@ -205,13 +206,15 @@ def test_both_spellings_and_overrides(run_cli: Run, config_file: Path) -> None:
 
 
 def test_validate_shows_the_run(run_cli: Run, config_file: Path, tmp_path: Path) -> None:
-    """`validate` shows the batch arithmetic and the first records with what trains, and leaves nothing behind."""
+    """`validate` shows batch arithmetic, memory and the first records with what trains, and leaves nothing behind."""
     before = sorted(tmp_path.iterdir())
 
     result = run_cli("validate", "--config-name", "run")
 
     assert result.returncode == 0, result.stderr
     assert "2 samples a micro-batch x 3 micro-batches x 2 ranks = 12 samples" in result.stdout
+    # The model of this test is a configuration alone: a Llama as transformers has it by default.
+    assert re.search(r"memory a device +about 81\.\d GB: weights 13\.\d+ GB", result.stdout), result.stdout
     assert "⟦The capital of France is Paris.<|im_end|>⟧" in result.stdout
     assert "train.jsonl:1" in result.stdout
     assert sorted(tmp_path.iterdir()) == before

@@ -22,8 +22,8 @@ from sft_fast.inputs import Input, local_copies, resolve
 from sft_fast.inspect.terminal import show_samples
 from sft_fast.mixing import Entry, read_entries
 from sft_fast.objects import Transfer
-from sft_fast.train.pipeline import SFTPipeline
-from sft_fast.train.plan import BatchArithmetic, train_stream
+from sft_fast.train.pipeline import SFTPipeline, memory_rows
+from sft_fast.train.plan import BatchArithmetic, layout_of, train_stream
 
 # Of a longer file only this much is read, cut at the end of a record.
 MAX_HEAD_BYTES = 4_000_000
@@ -53,6 +53,7 @@ def check_run(config: SFTConfig, console: Console, num_samples: int) -> None:
     console.print(two_columns("run", _run_rows(config, files)))
     for name, sources in data.items():
         _check_data(config, name, sources, console, num_samples if name == "train" else 0)
+    console.print(two_columns("memory", memory_rows(config)))
     console.print("the configuration is valid")
 
 
@@ -77,17 +78,7 @@ def _batch_rows(config: SFTConfig, dataset: sft_fast.Dataset | None) -> list[tup
     """The arithmetic of a step, so that a slip shows before it costs a day; of the run, where all data is known."""
     if dataset:
         return BatchArithmetic.of(config, train_stream(config, dataset)).rows()
-    arguments = config.sft_train.training_args
-    row = "pack" if config.sft_train.use_sequence_packing else "sample"
-    return [
-        ("ranks", count(config.sft_train.world_size)),
-        (
-            "global batch",
-            f"{arguments.per_device_train_batch_size} {row}s a micro-batch x {arguments.gradient_accumulation_steps} "
-            f"micro-batches x {config.data_parallel_size} ranks = {count(config.num_rows_per_step)} {row}s, "
-            f"at most {count(config.num_rows_per_step * config.sequence_length)} tokens",
-        ),
-    ]
+    return layout_of(config).rows()
 
 
 def _template_rows(config: SFTConfig, verdict: dict[str, Any]) -> list[tuple[str, str]]:

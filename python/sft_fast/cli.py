@@ -198,7 +198,7 @@ def train(arguments: Sequence[str], config_path: str, config_name: str) -> None:
 @options.number("--num-samples", least=0, default=2, help="Records to render from the first file.")
 @options.configuration(is_required=True)
 def validate(arguments: Sequence[str], num_samples: int, config_path: str, config_name: str) -> None:
-    """Check a configuration in seconds: keys, files, template, first records, batch arithmetic.
+    """Check a configuration in seconds: keys, files, template, first records, batch arithmetic, memory.
 
     KEY=VALUE: values that replace those of the file.
 

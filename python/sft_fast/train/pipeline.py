@@ -103,7 +103,7 @@ class SFTPipeline:
             validation_stream(config, Dataset(path))  # whatever is wrong with it shows before training
         data = _Data(stream.num_steps, report.path, report.sources, val_paths)
         arithmetic = BatchArithmetic.of(config, stream)
-        print_report(stdout_console(), report, "train data", [*arithmetic.rows(), *self._memory_rows()])
+        print_report(stdout_console(), report, "train data", [*arithmetic.rows(), *memory_rows(config)])
 
         clean_up(config.output_dir)
         state = self._initial_state(report)
@@ -126,15 +126,6 @@ class SFTPipeline:
             except SftFastError as error:
                 logger.error(str(error))
                 raise
-
-    def _memory_rows(self) -> list[tuple[str, str]]:
-        """What each device will need. Nothing that goes wrong here ends a run."""
-        try:
-            from sft_fast.train.estimate import estimate_memory
-
-            return estimate_memory(self._config, self._zero_stage).rows()
-        except Exception as error:
-            return [("memory a device", f"no estimate: {error}".splitlines()[0])]
 
     def _train_with_restarts(
         self, data: _Data, resumed: Checkpoint | None, initial: TrainState, tracker: Tracker
@@ -308,6 +299,16 @@ class SFTPipeline:
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
+
+
+def memory_rows(config: SFTConfig) -> list[tuple[str, str]]:
+    """What each device will need, for a table; where that cannot be known, why. Loads torch."""
+    try:
+        from sft_fast.train.estimate import estimate_memory
+
+        return estimate_memory(config, check_strategy(config)).rows()
+    except Exception as error:  # nothing that goes wrong here is a reason not to train
+        return [("memory a device", f"no estimate: {error}".splitlines()[0])]
 
 
 def _state_after(resumed: Checkpoint, initial: TrainState) -> TrainState:
