@@ -308,12 +308,13 @@ def test_what_others_hold_is_refused(workspace: Workspace, ray_session: Any, mon
     from ray.util.placement_group import placement_group, remove_placement_group
 
     monkeypatch.setattr(clusters, "_RESERVE_SECONDS", 1.0)
-    free = int(ray_session.available_resources().get("CPU", 0))
-    held = placement_group([{"CPU": free}])
+    held = placement_group([{"CPU": 1}])
     assert held.wait(30)
     try:
-        with pytest.raises(ClusterError, match=r"asked for 2 CPU of .*, which has 8; .* 0 CPU are free") as caught:
-            Cluster(workspace.config(ranks=2))
+        with pytest.raises(
+            ClusterError, match=r"asked for 8 CPU of .*, which has 8; in .* [0-7] CPU are free"
+        ) as caught:
+            Cluster(workspace.config(ranks=8))
     finally:
         remove_placement_group(held)
     assert caught.value.code == "no_room"

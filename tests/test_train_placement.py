@@ -228,8 +228,7 @@ def test_the_interface_is_that_of_the_address(monkeypatch: pytest.MonkeyPatch) -
 
 def test_who_answers_is_there() -> None:
     """Of the machines of a cluster, those count whose port takes connections; this one always."""
-    with network.hold_port() as listening:
-        listening.listen()
+    with network.listen() as listening:
         port = listening.getsockname()[1]
         there = Machine("a", "h", "127.0.0.1", port, 1, 0, is_ours=False)
         gone = Machine("b", "h", "127.0.0.1", network.free_port(), 1, 0, is_ours=False)

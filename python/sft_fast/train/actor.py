@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import os
 import platform
-import socket
 import sys
 import time
 import traceback
@@ -21,7 +20,7 @@ from typing import Any
 from sft_fast.errors import SftFastError
 from sft_fast.train.failure import Failure
 from sft_fast.train.heartbeat import PULSE, PulseReport
-from sft_fast.train.network import hold_port, use_interface_of, why_unreachable
+from sft_fast.train.network import hold_port, listen, use_interface_of, why_unreachable
 from sft_fast.train.placement import visible_device
 
 # A shared file system may show a new file late.
@@ -64,8 +63,7 @@ class RankActor:
             use_interface_of(options.address)
         self._worker: Any = None
         self._failure: Failure | None = None
-        self._held_port, self._probe = hold_port(), hold_port()
-        self._probe.listen(socket.SOMAXCONN)
+        self._held_port, self._probe = hold_port(), listen()
 
     def locate(self) -> Location:
         """Where this is."""

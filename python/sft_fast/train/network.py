@@ -31,6 +31,13 @@ def hold_port() -> socket.socket:
     return held
 
 
+def listen() -> socket.socket:
+    """A port of this machine that takes connections, by either version of the protocol where there are two."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
 def why_unreachable(address: str, port: int, timeout: float = _ANSWER_SECONDS) -> str | None:
     """Why nothing answers at a port of a machine, in the system's words; None where something does."""
     try:
