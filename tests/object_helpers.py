@@ -27,8 +27,8 @@ class Request:
 class Fault:
     """Harm that is done to requests that match, so many times.
 
-    `refuse`: 503. `cut`: the connection ends in the middle of the answer. `short`: an answer that is whole, but too
-    short. `garble`: one byte is another. `slow`: the answer comes late.
+    `refuse`: 503. `wrong`: 400, in the words of Google. `cut`: the connection ends in the middle of the answer. `short`:
+    an answer that is whole, but too short. `garble`: one byte is another. `slow`: the answer comes late.
     """
 
     kind: str
@@ -98,6 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
         kind = fault.kind if fault else ""
         if kind == "refuse":
             self._answer(503, [], SLOW_DOWN)
+            return
+        if kind == "wrong":
+            self._answer(400, [], b'{"error": {"code": 400, "message": "invalid argument"}}')
             return
         if kind == "cut" and self.command == "PUT":
             self.close_connection = True  # not a word

@@ -126,14 +126,17 @@ def test_a_fault_of_reading_is_tried_again(
         assert 1 <= transfer.num_retries <= (num_times if kind != "slow" else store.NUM_TRIES)
 
 
-def test_a_fault_that_stays_is_refused(proxy: Proxy, tokenizer_dir: Path, tmp_path: Path) -> None:
-    """What can't be read is an error of its address after a bounded number of tries: none are made unseen."""
+@pytest.mark.parametrize(("kind", "num_tries"), [("refuse", store.NUM_TRIES), ("wrong", 1)])
+def test_a_fault_that_stays_is_refused(
+    proxy: Proxy, tokenizer_dir: Path, tmp_path: Path, kind: str, num_tries: int
+) -> None:
+    """What can't be read is an error of its address after a bounded number of tries, one where more have no use."""
     source = put("data.jsonl", dump_lines(RECORDS))
-    proxy.faults = [Fault("refuse", reading("data.jsonl"), 1000)]
+    proxy.faults = [Fault(kind, reading("data.jsonl"), 1000)]
     with pytest.raises(FileError) as raised:
         made(tokenizer_dir, tmp_path / "new", source)
     assert (raised.value.code, raised.value.path) == ("storage", source)
-    assert proxy.faults[0].num_done == store.NUM_TRIES
+    assert proxy.faults[0].num_done == num_tries
     assert not (tmp_path / "new").exists()
 
 

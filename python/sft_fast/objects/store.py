@@ -283,7 +283,16 @@ def _waits() -> Iterator[float | None]:
 
 
 def _is_of_a_request(error: BaseException) -> bool:
-    return isinstance(error, OSError | TimeoutError) or type(error).__module__.split(".")[0] in _NETWORK
+    return (
+        isinstance(error, OSError | TimeoutError)
+        or type(error).__module__.split(".")[0] in _NETWORK
+        or _is_refused_by_google(error)
+    )
+
+
+def _is_refused_by_google(error: BaseException) -> bool:
+    """Whether the store has called the request wrong, for which the library for Google's has no class of its own."""
+    return type(error) is ValueError and str(error).startswith("Bad Request:")
 
 
 def _is_not_whole(error: BaseException) -> bool:
@@ -293,6 +302,8 @@ def _is_not_whole(error: BaseException) -> bool:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether the same request may do better: not where the store says that the request itself is wrong."""
+    if _is_refused_by_google(error):
+        return False
     status = _status(error)
     return status is None or not 400 <= status < 500 or status in (408, 425, 429)
 
