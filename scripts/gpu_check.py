@@ -1,9 +1,10 @@
 """Checks on this machine's GPU what the tests can only check without one, and measures; `make gpu-check` runs it.
 
-It drives one rank (`SFTWorker`) in this process: no Ray, no network, no files of a model. Each line says what was
+It drives one rank (`SFTWorker`) in this process: no Ray, no network, no files of a model; where there are two GPUs, the
+last check starts two ranks under Ray. Each line says what was
 checked, whether it holds, and the numbers. Exit status: 0 if all holds, 1 if something does not, 3 without a GPU.
 
-    python scripts/gpu_check.py [--device cpu] [--only NAME]
+    python scripts/gpu_check.py [--device cpu] [--only NAME] [--skip NAME]
 
 With `--device cpu` the same checks run small on the CPU, which says that the script works and nothing about a GPU.
 """
@@ -29,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", metavar="NAME", help="run the checks whose name has this in it")
+    parser.add_argument("--skip", metavar="NAME", action="append", default=[], help="not the check of this name")
     arguments = parser.parse_args()
 
     import torch
@@ -46,7 +48,7 @@ def main() -> int:
     failed = []
     with tempfile.TemporaryDirectory() as directory:
         for check in CHECKS:
-            if arguments.only and arguments.only not in check.__name__:
+            if (arguments.only and arguments.only not in check.__name__) or check.__name__ in arguments.skip:
                 continue
             try:
                 for holds, line in check(arguments.device, Path(directory, check.__name__)):
@@ -152,12 +154,7 @@ def parity(device: str, directory: Path) -> Findings:
             for packed in (True, False):
                 config = workspace.config(stage=stage, packed=packed, model={"dtype": dtype})
                 expected = plain_loop(config, num_steps, device)
-                found = [(report.loss, report.grad_norm) for report in run_worker(config, num_steps, device)]
-                difference = max(
-                    abs(mine / theirs - 1)
-                    for one, other in zip(found, expected, strict=True)
-                    for mine, theirs in zip(one, other, strict=True)
-                )
+                difference = _difference(run_worker(config, num_steps, device), expected)
                 yield (
                     difference < tolerance,
                     f"{dtype}, ZeRO-{stage}, {'packed' if packed else 'single'}: loss and gradient norm of {num_steps} "
@@ -204,6 +201,147 @@ def resume(device: str, directory: Path) -> Findings:
         worker.close()
         pairs = [[(report.loss, report.grad_norm) for report in reports] for reports in (straight, resumed)]
         yield pairs[0] == pairs[1], f"ZeRO-{stage}: losses and norms after a resumption are the same to the last bit"
+
+
+def memory(device: str, directory: Path) -> Findings:
+    """What is kept for the backward pass, and where: the steps of a plain loop, with time and memory."""
+    yield from _against_a_plain_loop(
+        device,
+        directory,
+        ("all kept", 1, {"gradient_checkpointing": "none"}),
+        ("selective checkpointing", 3, {"gradient_checkpointing": "selective"}),
+        ("offloaded activations", 1, {"gradient_checkpointing": "full", "offload_activations": True}),
+    )
+
+
+def compiled(device: str, directory: Path) -> Findings:
+    """Compiled layers: the steps of a plain loop."""
+    yield from _against_a_plain_loop(device, directory, ("compiled layers", 2, {"compile": True}))
+
+
+def _against_a_plain_loop(device: str, directory: Path, *kinds: tuple[str, int, dict[str, Any]]) -> Findings:
+    """Steps in float32 with other settings of the model: their names, the stage and the settings of each."""
+    from tests.train_helpers import Workspace, plain_loop, run_worker
+
+    workspace = Workspace.create(directory)
+    num_steps = 4
+    expected = plain_loop(workspace.config(), num_steps, device)
+    for name, stage, model in kinds:
+        start = time.perf_counter()
+        reports = run_worker(workspace.config(stage=stage, model=model), num_steps, device)
+        seconds = time.perf_counter() - start
+        difference = _difference(reports, expected)
+        yield (
+            difference < 1e-4,
+            f"{name}, ZeRO-{stage}, fp32: loss and gradient norm of {num_steps} steps differ by at most "
+            f"{difference:.1e}; {seconds:.1f} s with the start, the last step {reports[-1].step_seconds * 1e3:.0f} ms, "
+            f"{reports[-1].peak_memory_bytes / 2**20:.0f} MiB",
+        )
+
+
+def quantised(device: str, directory: Path) -> Findings:
+    """Adapters over weights in 4 and 8 bits: they learn, and lose little against adapters over the whole weights."""
+    import importlib.util
+
+    from tests.train_helpers import Workspace, run_worker
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield True, "not checked: bitsandbytes is not installed"
+        return
+    # Wide enough for blocks of 64 weights.
+    workspace = Workspace.create(
+        directory, hidden_size=64, intermediate_size=128, head_dim=16, initializer_range=0.1, num_records=24
+    )
+    lora: dict[str, Any] = {"lora_target": "all-linear", "lora_rank": 4, "dtype": "bf16"}
+    whole = run_worker(workspace.config(model=lora), 4, device)
+    for kind in ("nf4", "int8"):
+        reports = run_worker(workspace.config(model={**lora, "quantization": kind}), 4, device)
+        difference = max(abs(mine.loss / theirs.loss - 1) for mine, theirs in zip(reports, whole, strict=True))
+        yield (
+            difference < 0.05 and reports[-1].loss < reports[0].loss,
+            f"{kind}: losses differ from those over bf16 weights by at most {difference:.1e}; a step "
+            f"{reports[-1].step_seconds * 1e3:.0f} ms, {whole[-1].step_seconds * 1e3:.0f} ms over bf16",
+        )
+
+
+def background_save(device: str, directory: Path) -> Findings:
+    """A checkpoint that is copied off the device and written while steps go on is the state before them."""
+    from sft_fast.train.checkpoint import commit, staging_directory
+    from tests.test_train_worker import state_of
+    from tests.train_helpers import Workspace, start_worker
+
+    workspace = Workspace.create(directory)
+    config = workspace.config(stage=2, model={"dtype": "bf16"}, output_dir=str(directory / "out"))
+    worker = start_worker(config, device=device)
+    worker.train_step(0)
+    staging = staging_directory(config.output_dir, 1)
+    held = worker.do_checkpoint(str(staging), True)
+    straight = [worker.train_step(step) for step in (1, 2)]
+    written = worker.finish_checkpoint(True)
+    worker.close()
+    worker = start_worker(config, commit(staging, state_of(config, 1)).path, device=device)
+    resumed = [worker.train_step(step) for step in (1, 2)]
+    worker.close()
+    pairs = [[(report.loss, report.grad_norm) for report in reports] for reports in (straight, resumed)]
+    yield (
+        pairs[0] == pairs[1] and written is not None,
+        f"resumed to the last bit from a checkpoint written beside two steps: held for {held * 1e3:.0f} ms, written in "
+        f"{0 if written is None else written.seconds * 1e3:.0f} ms",
+    )
+
+
+def ranks(device: str, directory: Path) -> Findings:
+    """Split weights (AutoTP), split rows (Ulysses) and FSDP2 on two devices, or two processes of the CPU, under Ray."""
+    import torch
+
+    from sft_fast.config import StrategyArguments
+    from sft_fast.train.cluster import Cluster
+    from tests.train_helpers import Workspace, dataset_of, plain_loop, ray_here
+
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        yield True, "not checked: it takes two GPUs"
+        return
+    num_gpus = 2 if device == "cuda" else 0
+    workspace = Workspace.create(directory)
+    num_steps = 3
+    expected = plain_loop(workspace.config(rows=1, micro_batches=2), num_steps, device)
+    with ray_here(num_cpus=2):
+        options: dict[str, Any] = {"ranks": 2, "rows": 1, "num_gpus_per_node": num_gpus}
+        cluster = Cluster(workspace.config(**options))
+        for name, micro_batches, strategy in (
+            ("AutoTP, ZeRO-1", 2, {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 1}}),
+            ("Ulysses, ZeRO-3", 2, {"sequence_parallel_size": 2, "zero_optimization": {"stage": 3}}),
+            ("FSDP2", 1, None),
+        ):
+            arguments = (
+                StrategyArguments(strategy_name="fsdp2_train")
+                if strategy is None
+                else StrategyArguments(strategy_config=strategy)
+            )
+            config = workspace.config(**options, micro_batches=micro_batches, strategy=arguments)
+            cluster.initialize(config, dataset_of(config).path)
+            reports = [cluster.submit("train_step", step).result() for step in range(num_steps)]
+            found = [(sum(report.loss for report in both), both[0].grad_norm) for both in reports]
+            difference = _largest(found, expected)
+            yield (
+                difference < 1e-4,
+                f"{name} on two ranks: loss and gradient norm of {num_steps} steps differ by at most {difference:.1e}; "
+                f"a step {max(report.step_seconds for report in reports[-1]) * 1e3:.0f} ms",
+            )
+        cluster.shutdown()
+
+
+def _difference(reports: list[Any], expected: list[tuple[float, float]]) -> float:
+    return _largest([(report.loss, report.grad_norm) for report in reports], expected)
+
+
+def _largest(found: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
+    """The largest relative difference between losses and norms."""
+    return max(
+        abs(mine / theirs - 1)
+        for one, other in zip(found, expected, strict=True)
+        for mine, theirs in zip(one, other, strict=True)
+    )
 
 
 def speed(device: str, directory: Path) -> Findings:
@@ -281,7 +419,10 @@ def _memory(device: str, *, reset: bool = False) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-CHECKS: tuple[Callable[[str, Path], Findings], ...] = (kernels, chunked_loss, parity, masters, resume, speed)
+CHECKS: tuple[Callable[[str, Path], Findings], ...] = (
+    *(kernels, chunked_loss, parity, memory, compiled, quantised, masters, resume, background_save),
+    *(speed, ranks),
+)
 
 if __name__ == "__main__":
     sys.exit(main())
