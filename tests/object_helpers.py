@@ -27,8 +27,8 @@ class Request:
 class Fault:
     """Harm that is done to requests that match, so many times.
 
-    `refuse`: 503. `wrong`: 400, in the words of Google. `cut`: the connection ends in the middle of the answer. `short`:
-    an answer that is whole, but too short. `garble`: one byte is another. `slow`: the answer comes late.
+    `refuse`: 503. `wrong`: 400, as Google says it. `cut`: the connection ends in the middle of the answer. `short`: an
+    answer that is whole, but too short. `garble`: one byte is another. `slow`: the answer comes late.
     """
 
     kind: str
