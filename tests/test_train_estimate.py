@@ -36,12 +36,17 @@ def test_each_stage_splits_what_it_says(workspace: Workspace, stage: int, shares
 
 
 def test_split_weights_and_rows_take_less(workspace: Workspace) -> None:
-    """Tensor parallel splits the weights of the layers and nothing else; sequence parallel splits the activations."""
+    """Tensor parallel splits the layers, not what is between them; sequence parallel splits the activations."""
     layers = [parameter for name, parameter in make_model().named_parameters() if "_proj" in name]
     num_split = sum(parameter.numel() for parameter in layers)
     whole = estimate(workspace, 1)
 
     assert estimate(workspace, 1, tensor_parallel={"autotp_size": 2}).weights == whole.weights - num_split
+    # Of each token in a layer, in bf16: queries, keys, values and what attention gives; the gate before and after its
+    # function, the other half, and their product. 2 layers, 2 rows of 96 tokens.
+    num_in_layers = 2 * 2 * 96 * 2 * (32 + 16 + 16 + 32 + 4 * 64)
+    split = estimate(workspace, 1, tensor_parallel={"autotp_size": 2})
+    assert whole.activations - split.activations == num_in_layers // 2
     assert estimate(workspace, 1, sequence_parallel_size=4).activations == pytest.approx(
         whole.activations / 4, rel=0.05
     )

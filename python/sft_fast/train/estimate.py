@@ -2,11 +2,12 @@
 
 Parameters are counted on a model without memory (torch's meta device), and what a layer keeps for the backward pass by
 running it there once. It is an estimate: buffers of communication, fragments and what the libraries themselves take
-come on top, and layers whose weights are split are counted with the activations of whole ones.
+come on top.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,12 @@ def estimate_memory(config: SFTConfig, zero_stage: int) -> MemoryEstimate:
 
     num_tokens = worker.training_args.per_device_train_batch_size * config.sequence_length
     num_tokens = -(-num_tokens // config.sequence_parallel_size)
-    whole_layers, products = _kept_by_layers(hf, num_tokens)
+    part = hf
+    if config.tensor_parallel_size > 1:
+        with torch.device("meta"):
+            narrow = _of_one_rank(model_config, config.tensor_parallel_size)
+            part = AutoModelForCausalLM.from_config(narrow, dtype=dtype, attn_implementation=_NAME)
+    whole_layers, products = _kept_by_layers(part, num_tokens)
     num_layers = len(decoder_layers(hf))
     inputs = num_layers * num_tokens * model_config.get_text_config().hidden_size * width
     # What is computed again is there for one layer at a time.
@@ -142,6 +148,21 @@ def estimate_memory(config: SFTConfig, zero_stage: int) -> MemoryEstimate:
         buffers=0 if is_fsdp2 or not on_gpu else num_buffers * num_elements * width,
         is_optimizer_on_host=offload.get("device") == "cpu" or bool(settings.get("offload_policy")),
     )
+
+
+def _of_one_rank(model_config: Any, num_tensor: int) -> Any:
+    """The configuration of a model whose layers are the parts of one rank: fewer heads, and a narrower inside.
+
+    What is between the layers stays as wide as it is, on every rank.
+    """
+    narrow = copy.deepcopy(model_config)
+    text = narrow.get_text_config()
+    num_heads = text.num_attention_heads
+    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    text.num_key_value_heads = (getattr(text, "num_key_value_heads", None) or num_heads) // num_tensor
+    text.num_attention_heads = num_heads // num_tensor
+    text.intermediate_size //= num_tensor
+    return narrow
 
 
 def _num_adapter_weights(hf: Any, arguments: Any) -> int:
