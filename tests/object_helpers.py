@@ -7,7 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+import sft_fast
+from sft_fast.errors import FileError
+from sft_fast.objects import store
+from sft_fast.objects.cache import DIRECTORY_VARIABLE
+from tests.data_helpers import contents, dump_lines, plain_samples, random_records
+
+OPTIONS: dict[str, Any] = {"sequence_length": 1024, "system_key": "system", "query_key": "input"}
+RECORDS = random_records(300, seed=5)
 
 BUCKET = "bucket"
 SECRET = "a-secret-that-is-nowhere-written"
@@ -77,6 +89,58 @@ def reading(part: str) -> Callable[[Request], bool]:
 def writing(part: str) -> Callable[[Request], bool]:
     """Matches requests that put objects with `part` in their path."""
     return lambda request: request.method == "PUT" and part in request.path
+
+
+def made(tokenizer: Path, output_dir: Any, source: Any, **options: Any) -> sft_fast.Report:
+    """Preprocesses."""
+    return sft_fast.preprocess(source, output_dir, tokenizer=tokenizer, **{**OPTIONS, **options})
+
+
+def check_fault_of_reading(
+    proxy: Proxy, tokenizer: Path, source: str, directory: Path, kind: str, most_slow_retries: int
+) -> None:
+    """Harm to answers on the way changes no byte in the end, and every further try is counted: an input, and a dataset.
+
+    `source` is an object of the bucket; a dataset is put beside it. There are no more tries than harm is done, but for
+    slow answers up to `most_slow_retries`.
+    """
+    bucket = source.rpartition("/")[0]
+    expected = made(tokenizer, directory / "expected", source)
+    made(tokenizer, f"{bucket}/out", source)
+    num_times = 1 if kind in ("garble", "slow") else 3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DIRECTORY_VARIABLE, str(directory / "other"))
+        if kind == "slow":
+            patch.setattr(store, "TIMEOUT_SECONDS", 1.0)
+        proxy.faults = [Fault(kind, reading(part), num_times, 1.5) for part in ("data.jsonl", "shard-00000")]
+        report = made(tokenizer, directory / "out", source)
+        dataset = sft_fast.Dataset(f"{bucket}/out")
+
+    assert contents(directory / "out") == contents(directory / "expected")
+    assert plain_samples(dataset) == plain_samples(sft_fast.Dataset(expected.path))
+    assert [fault.num_done for fault in proxy.faults] == [num_times] * 2
+    for transfer in (report.transfer, dataset.transfer):  # below us, a connection that ended may be opened again once
+        assert 1 <= transfer.num_retries <= (most_slow_retries if kind == "slow" else num_times)
+
+
+def check_change_while_read(
+    proxy: Proxy, tokenizer: Path, put: Callable[[str, bytes], str], directory: Path, pattern: str
+) -> None:
+    """An object that is replaced while it is fetched is an error that says so, whatever its bytes are."""
+    source = put("data.jsonl", dump_lines(RECORDS))
+
+    def replace(request: Request) -> None:
+        if reading("data.jsonl")(request):
+            proxy.before = None
+            put("data.jsonl", dump_lines(RECORDS[1:] + RECORDS[:1]))
+
+    proxy.before = replace
+    with pytest.raises(FileError, match="changed while it was read") as raised:
+        made(tokenizer, directory / "out", f"{source.rpartition('/')[0]}/{pattern}")
+    assert (raised.value.code, raised.value.path) == ("changed", source)
+    assert not (directory / "out").exists()
+    assert made(tokenizer, directory / "out", source).num_samples == len(RECORDS)
 
 
 class _Handler(BaseHTTPRequestHandler):

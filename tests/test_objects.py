@@ -24,10 +24,21 @@ from sft_fast.errors import ConfigError, DatasetError, FileError, InputError
 from sft_fast.objects import fetch, store
 from sft_fast.objects.cache import DIRECTORY_VARIABLE, SIZE_VARIABLE, ObjectCache
 from tests.data_helpers import contents, dump_lines, knobs, plain_samples, random_records
-from tests.object_helpers import BUCKET, SECRET, Fault, Proxy, Request, object_server, reading, writing
-
-OPTIONS: dict[str, Any] = {"sequence_length": 1024, "system_key": "system", "query_key": "input"}
-RECORDS = random_records(300, seed=5)
+from tests.object_helpers import (
+    BUCKET,
+    OPTIONS,
+    RECORDS,
+    SECRET,
+    Fault,
+    Proxy,
+    Request,
+    check_change_while_read,
+    check_fault_of_reading,
+    made,
+    object_server,
+    reading,
+    writing,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +78,6 @@ def put(name: str, content: bytes) -> str:
     """Puts an object into the bucket; its address."""
     files().pipe_file(f"{BUCKET}/{name}", content)
     return f"s3://{BUCKET}/{name}"
-
-
-def made(tokenizer: Path, output_dir: Any, source: Any, **options: Any) -> sft_fast.Report:
-    """Preprocesses."""
-    return sft_fast.preprocess(source, output_dir, tokenizer=tokenizer, **{**OPTIONS, **options})
 
 
 def objects_of(name: str = "") -> dict[str, bytes]:
@@ -171,23 +177,8 @@ def test_a_fault_of_reading_is_tried_again(
 ) -> None:
     """Whatever happens to answers on the way, the bytes are right in the end, and every further try is counted."""
     monkeypatch.setattr(fetch, "PIECE_BYTES", 4096)
-    if kind == "slow":
-        monkeypatch.setattr(store, "TIMEOUT_SECONDS", 0.4)
     source = put("data.jsonl", dump_lines(RECORDS))
-    expected = made(tokenizer_dir, tmp_path / "expected", source)
-    made(tokenizer_dir, f"s3://{BUCKET}/out", source)
-    num_times = 1 if kind in ("garble", "slow") else 3
-
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "other"))
-    proxy.faults = [Fault(kind, reading(part), num_times, 0.8) for part in ("data.jsonl", "shard-00000")]
-    report = made(tokenizer_dir, tmp_path / "out", source)
-    dataset = sft_fast.Dataset(f"s3://{BUCKET}/out")
-
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-    assert plain_samples(dataset) == plain_samples(sft_fast.Dataset(expected.path))
-    assert [fault.num_done for fault in proxy.faults] == [num_times] * 2
-    for transfer in (report.transfer, dataset.transfer):  # below us, a connection that ended may be opened again once
-        assert 1 <= transfer.num_retries <= num_times
+    check_fault_of_reading(proxy, tokenizer_dir, source, tmp_path, kind, most_slow_retries=1)
 
 
 @pytest.mark.parametrize(
@@ -220,19 +211,7 @@ def test_a_fault_that_stays_is_refused(
 
 def test_what_changes_while_it_is_read_is_refused(proxy: Proxy, tokenizer_dir: Path, tmp_path: Path) -> None:
     """An object that is replaced while it is fetched is an error that says so, whatever its bytes are."""
-    source = put("data.jsonl", dump_lines(RECORDS))
-
-    def replace(request: Request) -> None:
-        if reading("data.jsonl")(request):
-            proxy.before = None
-            put("data.jsonl", dump_lines(RECORDS[1:] + RECORDS[:1]))
-
-    proxy.before = replace
-    with pytest.raises(FileError, match="changed while it was read") as raised:
-        made(tokenizer_dir, tmp_path / "out", source)
-    assert (raised.value.code, raised.value.path) == ("changed", source)
-    assert not (tmp_path / "out").exists()
-    assert made(tokenizer_dir, tmp_path / "out", source).num_samples == len(RECORDS)
+    check_change_while_read(proxy, tokenizer_dir, put, tmp_path, "data.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["refuse", "cut"])

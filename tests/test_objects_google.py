@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,19 @@ import sft_fast
 from sft_fast.errors import FileError
 from sft_fast.objects import fetch, store
 from sft_fast.objects.cache import DIRECTORY_VARIABLE
-from tests.data_helpers import contents, dump_lines, knobs, plain_samples, random_records
-from tests.object_helpers import BUCKET, Fault, Proxy, Request, google_server
-
-OPTIONS: dict[str, Any] = {"sequence_length": 1024, "system_key": "system", "query_key": "input"}
-RECORDS = random_records(300, seed=5)
+from tests.data_helpers import contents, dump_lines, knobs, plain_samples
+from tests.object_helpers import (
+    BUCKET,
+    RECORDS,
+    Fault,
+    Proxy,
+    Request,
+    check_change_while_read,
+    check_fault_of_reading,
+    google_server,
+    made,
+    reading,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +63,6 @@ def put(name: str, content: bytes) -> str:
     """Puts an object into the bucket; its address."""
     files().pipe_file(f"{BUCKET}/{name}", content)
     return f"gs://{BUCKET}/{name}"
-
-
-def made(tokenizer: Path, output_dir: Any, source: Any, **options: Any) -> sft_fast.Report:
-    """Preprocesses."""
-    return sft_fast.preprocess(source, output_dir, tokenizer=tokenizer, **{**OPTIONS, **options})
-
-
-def reading(part: str) -> Callable[[Request], bool]:
-    """Matches requests for bytes of objects with `part` in their path."""
-    return lambda request: request.method == "GET" and part in request.path and bool(request.range)
 
 
 def sending(request: Request) -> bool:
@@ -106,24 +104,9 @@ def test_a_fault_of_reading_is_tried_again(
 ) -> None:
     """Whatever happens to answers on the way, the bytes are right in the end, and every further try is counted."""
     monkeypatch.setattr(fetch, "PIECE_BYTES", 4096)
-    if kind == "slow":
-        monkeypatch.setattr(store, "TIMEOUT_SECONDS", 1.0)
     source = put("data.jsonl", dump_lines(RECORDS))
-    expected = made(tokenizer_dir, tmp_path / "expected", source)
-    made(tokenizer_dir, f"gs://{BUCKET}/out", source)
-    num_times = 1 if kind in ("garble", "slow") else 3
-
-    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "other"))
-    proxy.faults = [Fault(kind, reading(part), num_times, 1.5) for part in ("data.jsonl", "shard-00000")]
-    report = made(tokenizer_dir, tmp_path / "out", source)
-    dataset = sft_fast.Dataset(f"gs://{BUCKET}/out")
-
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-    assert plain_samples(dataset) == plain_samples(sft_fast.Dataset(expected.path))
-    assert [fault.num_done for fault in proxy.faults] == [num_times] * 2
-    for transfer in (report.transfer, dataset.transfer):
-        # A busy machine may be slow with other answers, too.
-        assert 1 <= transfer.num_retries <= (num_times if kind != "slow" else store.NUM_TRIES)
+    # A busy machine may be slow with other answers, too.
+    check_fault_of_reading(proxy, tokenizer_dir, source, tmp_path, kind, most_slow_retries=store.NUM_TRIES)
 
 
 @pytest.mark.parametrize(("kind", "num_tries"), [("refuse", store.NUM_TRIES), ("wrong", 1)])
@@ -142,18 +125,7 @@ def test_a_fault_that_stays_is_refused(
 
 def test_what_changes_while_it_is_read_is_refused(proxy: Proxy, tokenizer_dir: Path, tmp_path: Path) -> None:
     """An object that is replaced while it is fetched is an error that says so: no listing from before is believed."""
-    source = put("data.jsonl", dump_lines(RECORDS))
-
-    def replace(request: Request) -> None:
-        if reading("data.jsonl")(request):
-            proxy.before = None
-            put("data.jsonl", dump_lines(RECORDS[1:] + RECORDS[:1]))
-
-    proxy.before = replace
-    with pytest.raises(FileError, match="changed while it was read"):
-        made(tokenizer_dir, tmp_path / "out", f"gs://{BUCKET}/*.jsonl")
-    assert not (tmp_path / "out").exists()
-    assert made(tokenizer_dir, tmp_path / "out", source).num_samples == len(RECORDS)
+    check_change_while_read(proxy, tokenizer_dir, put, tmp_path, "*.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["refuse", "cut"])

@@ -9,6 +9,7 @@ import torch
 from sft_fast.config import StrategyArguments
 from sft_fast.train.estimate import MemoryEstimate, _kept_by_layers, estimate_memory
 from sft_fast.train.model import load_model
+from sft_fast.train.pipeline import device_rows
 from tests.train_helpers import Workspace, make_model
 
 
@@ -109,3 +110,17 @@ def _registered() -> str:
 
     AttentionInterface.register(module._NAME, module._attention)
     return module._NAME
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "is_said"), [("bf16", "AVX2", True), ("bf16", "AVX512", False), ("fp32", "AVX2", False)]
+)
+def test_a_cpu_that_is_slow_with_bf16_is_said(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, dtype: str, capability: str, is_said: bool
+) -> None:
+    """Before a run on a CPU without instructions for its type of numbers, the user is told what would be faster."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    rows = dict(device_rows(workspace.config(model={"dtype": dtype})))
+
+    assert ("fp32" in rows.get("slow", "")) == is_said
+    assert "memory a device" in rows

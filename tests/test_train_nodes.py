@@ -114,43 +114,42 @@ def test_two_machines_are_one(
         assert f"({address})" in log_of(config, f"ranks/rank-{rank}.log")
 
 
-def test_a_killed_machine_is_done_without(
-    machines: Machines, workspace: Workspace, alone: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("num_machines", "loss", "goes_on"),
+    [
+        pytest.param(
+            3, Machines.kill, "going on with 2 of 3 machines: 2 ranks, 3 micro-batches a step each", id="killed"
+        ),
+        pytest.param(2, Machines.cut, "going on with 1 of 2 machines: 1 ranks, 6 micro-batches a step each", id="cut"),
+    ],
+)
+def test_a_lost_machine_is_done_without(
+    machines: Machines,
+    workspace: Workspace,
+    alone: SFTConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_machines: int,
+    loss: Callable[[Machines, Any], object],
+    goes_on: str,
 ) -> None:
-    """When a machine loses its power, the run is started again on the others, with the same samples in the same steps.
+    """When a machine is lost, the run is started again on the others, with the same samples in the same steps.
 
-    Three ranks with two micro-batches become two with three.
+    Its power fails, or its cable is pulled, which closes no connection.
     """
-    machines.have(3)
-    lost = machines.alive[2]
-    done = at_step(monkeypatch, 3, lambda: machines.kill(lost))
-    config = config_of(workspace, tmp_path, 3, ray_address=machines.address, min_nodes=2)
+    machines.have(num_machines)
+    lost = machines.alive[-1]
+    done = at_step(monkeypatch, 3, lambda: loss(machines, lost))
+    config = config_of(workspace, tmp_path, num_machines, ray_address=machines.address, min_nodes=num_machines - 1)
     SFTPipeline(config).run()
 
     assert done
     log = log_of(config)
     assert f"({machines.address_of(lost)}) is lost" in log
-    assert "going on with 2 of 3 machines: 2 ranks, 3 micro-batches a step each" in log
+    assert goes_on in log
     assert "resuming after step 2" in log
     assert_equal_runs(config, alone)
-    assert log_of(config, "ranks/rank-1.log").count("---- ") == 2, "both starts are in one file"
-
-
-def test_a_machine_that_is_cut_off_is_done_without(
-    machines: Machines, workspace: Workspace, alone: SFTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """When a cable is pulled, which closes no connection, the same."""
-    machines.have(2)
-    lost = machines.alive[1]
-    done = at_step(monkeypatch, 3, lambda: machines.cut(lost))
-    config = config_of(workspace, tmp_path, 2, ray_address=machines.address, min_nodes=1)
-    SFTPipeline(config).run()
-
-    assert done
-    log = log_of(config)
-    assert f"({machines.address_of(lost)}) is lost" in log
-    assert "going on with 1 of 2 machines: 1 ranks, 6 micro-batches a step each" in log
-    assert_equal_runs(config, alone)
+    assert log_of(config, "ranks/rank-0.log").count("---- ") == 2, "both starts are in one file"
 
 
 def test_a_short_cut_is_no_loss(

@@ -22,7 +22,7 @@ from sft_fast.inputs import Input, local_copies, resolve
 from sft_fast.inspect.terminal import show_samples
 from sft_fast.mixing import Entry, read_entries
 from sft_fast.objects import Transfer
-from sft_fast.train.pipeline import SFTPipeline, memory_rows
+from sft_fast.train.pipeline import SFTPipeline, device_rows
 from sft_fast.train.plan import BatchArithmetic, layout_of, train_stream
 
 # Of a longer file only this much is read, cut at the end of a record.
@@ -53,7 +53,7 @@ def check_run(config: SFTConfig, console: Console, num_samples: int) -> None:
     console.print(two_columns("run", _run_rows(config, files)))
     for name, sources in data.items():
         _check_data(config, name, sources, console, num_samples if name == "train" else 0)
-    console.print(two_columns("memory", memory_rows(config)))
+    console.print(two_columns("devices", device_rows(config)))
     console.print("the configuration is valid")
 
 

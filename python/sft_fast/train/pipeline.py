@@ -103,7 +103,7 @@ class SFTPipeline:
             validation_stream(config, Dataset(path))  # whatever is wrong with it shows before training
         data = _Data(stream.num_steps, report.path, report.sources, val_paths)
         arithmetic = BatchArithmetic.of(config, stream)
-        print_report(stdout_console(), report, "train data", [*arithmetic.rows(), *memory_rows(config)])
+        print_report(stdout_console(), report, "train data", [*arithmetic.rows(), *device_rows(config)])
 
         clean_up(config.output_dir)
         state = self._initial_state(report)
@@ -301,8 +301,23 @@ class SFTPipeline:
                 signal.signal(number, handler)
 
 
-def memory_rows(config: SFTConfig) -> list[tuple[str, str]]:
-    """What each device will need, for a table; where that cannot be known, why. Loads torch."""
+def device_rows(config: SFTConfig) -> list[tuple[str, str]]:
+    """What a run asks of each device, for a table: memory, and what the CPU is slow at. Loads torch."""
+    return [*_memory_rows(config), *_slow_rows(config)]
+
+
+def _slow_rows(config: SFTConfig) -> list[tuple[str, str]]:
+    """A type of numbers that the CPU has no instructions for: torch takes ten times as long then, and says nothing."""
+    import torch
+
+    is_bf16 = config.sft_train.model_args.dtype == "bf16" and config.num_gpus_per_node == 0
+    if not is_bf16 or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return []
+    return [("slow", "this CPU has no instructions for bf16: model_args.dtype=fp32 is ten times as fast")]
+
+
+def _memory_rows(config: SFTConfig) -> list[tuple[str, str]]:
+    """Where the need cannot be known, the row says why."""
     try:
         from sft_fast.train.estimate import estimate_memory
 
