@@ -96,13 +96,10 @@ def made(tokenizer: Path, output_dir: Any, source: Any, **options: Any) -> sft_f
     return sft_fast.preprocess(source, output_dir, tokenizer=tokenizer, **{**OPTIONS, **options})
 
 
-def check_fault_of_reading(
-    proxy: Proxy, tokenizer: Path, source: str, directory: Path, kind: str, most_slow_retries: int
-) -> None:
+def check_fault_of_reading(proxy: Proxy, tokenizer: Path, source: str, directory: Path, kind: str) -> None:
     """Harm to answers on the way changes no byte in the end, and every further try is counted: an input, and a dataset.
 
-    `source` is an object of the bucket; a dataset is put beside it. There are no more tries than harm is done, but for
-    slow answers up to `most_slow_retries`.
+    `source` is an object of the bucket; a dataset is put beside it. There are no more tries than harm is done.
     """
     bucket = source.rpartition("/")[0]
     expected = made(tokenizer, directory / "expected", source)
@@ -112,8 +109,10 @@ def check_fault_of_reading(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(DIRECTORY_VARIABLE, str(directory / "other"))
         if kind == "slow":
-            patch.setattr(store, "TIMEOUT_SECONDS", 1.0)
-        proxy.faults = [Fault(kind, reading(part), num_times, 1.5) for part in ("data.jsonl", "shard-00000")]
+            patch.setattr(
+                store, "TIMEOUT_SECONDS", 3.0
+            )  # no other answer is so late, on a busy machine either
+        proxy.faults = [Fault(kind, reading(part), num_times, 4.0) for part in ("data.jsonl", "shard-00000")]
         report = made(tokenizer, directory / "out", source)
         dataset = sft_fast.Dataset(f"{bucket}/out")
 
@@ -121,7 +120,7 @@ def check_fault_of_reading(
     assert plain_samples(dataset) == plain_samples(sft_fast.Dataset(expected.path))
     assert [fault.num_done for fault in proxy.faults] == [num_times] * 2
     for transfer in (report.transfer, dataset.transfer):  # below us, a connection that ended may be opened again once
-        assert 1 <= transfer.num_retries <= (most_slow_retries if kind == "slow" else num_times)
+        assert 1 <= transfer.num_retries <= num_times
 
 
 def check_change_while_read(

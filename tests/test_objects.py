@@ -178,7 +178,7 @@ def test_a_fault_of_reading_is_tried_again(
     """Whatever happens to answers on the way, the bytes are right in the end, and every further try is counted."""
     monkeypatch.setattr(fetch, "PIECE_BYTES", 4096)
     source = put("data.jsonl", dump_lines(RECORDS))
-    check_fault_of_reading(proxy, tokenizer_dir, source, tmp_path, kind, most_slow_retries=1)
+    check_fault_of_reading(proxy, tokenizer_dir, source, tmp_path, kind)
 
 
 @pytest.mark.parametrize(
