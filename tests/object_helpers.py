@@ -109,9 +109,7 @@ def check_fault_of_reading(proxy: Proxy, tokenizer: Path, source: str, directory
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(DIRECTORY_VARIABLE, str(directory / "other"))
         if kind == "slow":
-            patch.setattr(
-                store, "TIMEOUT_SECONDS", 3.0
-            )  # no other answer is so late, on a busy machine either
+            patch.setattr(store, "TIMEOUT_SECONDS", 3.0)  # no other answer is so late, on a busy machine either
         proxy.faults = [Fault(kind, reading(part), num_times, 4.0) for part in ("data.jsonl", "shard-00000")]
         report = made(tokenizer, directory / "out", source)
         dataset = sft_fast.Dataset(f"{bucket}/out")
