@@ -48,9 +48,15 @@ pub struct Cache {
     hasher: foldhash::fast::FixedState,
 }
 
-/// A pretoken as a key; zeros for one that is too long to be a key.
-#[derive(Clone, Copy, Default)]
+/// A pretoken as a key.
+#[derive(Clone, Copy)]
 pub struct Key(pub [u64; 2]);
+
+impl Default for Key {
+    fn default() -> Self {
+        Self::LONG
+    }
+}
 
 /// What the cache says of a key.
 pub enum Found {
@@ -63,29 +69,79 @@ pub enum Found {
 }
 
 impl Key {
+    /// A pretoken that is too long to be a key; a table has no such entry.
+    const LONG: Self = Self([0, 1 << 62]);
+
     /// The key of `text[start..end]`; a piece and a whole pretoken of the same bytes are two keys.
     #[inline(always)]
     pub fn new(text: &[u8], start: usize, end: usize, is_piece: bool) -> Self {
         let len = end - start;
         if len > MAX_KEY {
-            return Self::default();
+            return Self::LONG;
         }
-        let bytes = match text.get(start..start + 16) {
-            Some(bytes) => u128::from_le_bytes(bytes.try_into().expect("the slice has 16 bytes")),
-            None => {
-                let mut padded = [0; 16];
-                padded[..len].copy_from_slice(&text[start..end]);
-                u128::from_le_bytes(padded)
-            }
+        let bytes = match text.get(start..).and_then(|rest| rest.first_chunk()) {
+            Some(bytes) => u128::from_le_bytes(*bytes),
+            None => last_bytes(&text[start..end]),
         };
         let [low, high] = FIRST_BYTES[len];
         let top = (len as u64) << LEN_SHIFT | (is_piece as u64) << PIECE_SHIFT;
         Self([bytes as u64 & low, (bytes >> 64) as u64 & high | top])
     }
 
-    fn is_long(self) -> bool {
-        self.0[1] == 0
+    pub fn is_long(self) -> bool {
+        self.0[1] == Self::LONG.0[1]
     }
+}
+
+/// Bytes at the end of a text, behind which there are too few to read them at once.
+#[cold]
+#[inline(never)]
+fn last_bytes(bytes: &[u8]) -> u128 {
+    let mut padded = [0; 16];
+    padded[..bytes.len()].copy_from_slice(bytes);
+    u128::from_le_bytes(padded)
+}
+
+/// A pretoken (or piece of one) to be looked up.
+#[derive(Clone, Copy, Default)]
+pub struct Lookup {
+    pub key: Key,
+    pub line: usize,
+    /// As in a batch: twice the end, and one if it is a piece.
+    end: usize,
+}
+
+impl Lookup {
+    /// Where it ends in the text.
+    #[inline(always)]
+    pub fn end(&self) -> usize {
+        self.end >> 1
+    }
+
+    /// Whether it is a piece and that matters.
+    pub fn is_piece(&self) -> bool {
+        self.end & 1 == 1
+    }
+}
+
+/// Makes the keys of pretokens that lie one behind the other from `start` on, and fetches their lines. Returns how many they are.
+pub fn look_ahead(
+    lines: &Lines,
+    text: &[u8],
+    mut start: usize,
+    ends: &[usize],
+    pieces_matter: bool,
+    lookups: &mut [Lookup],
+) -> usize {
+    for (end, lookup) in ends.iter().zip(lookups) {
+        let end = end & !usize::from(!pieces_matter);
+        let key = Key::new(text, start, end >> 1, end & 1 == 1);
+        let line = lines.line_of(key);
+        lines.prefetch(line);
+        *lookup = Lookup { key, line, end };
+        start = end >> 1;
+    }
+    ends.len()
 }
 
 impl Cache {
@@ -105,12 +161,6 @@ impl Cache {
         self.long.fill(LongEntry::default());
         self.long_keys.clear();
         self.long_ids.clear();
-    }
-
-    /// Looks for `key` in its line.
-    #[inline(always)]
-    pub fn get(&self, key: Key, line: usize) -> Found {
-        if key.is_long() { Found::Long } else { self.lines.get(key, line) }
     }
 
     /// Remembers the ids of `pretoken`.

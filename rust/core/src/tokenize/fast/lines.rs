@@ -8,26 +8,34 @@
 //! word counts its versions, odd while it is written. A reader that finds another version afterwards than before has found
 //! nothing, and a writer that finds another at work leaves the entry to it; nobody ever waits.
 
-use super::cache::{Found, Key, MAX_IDS};
+use super::cache::{Found, Key, Lookup, MAX_IDS};
+use super::pretokenize::Batch;
 use memmap2::MmapMut;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU64, fence};
 
-/// In the place of a number of ids: more than fit, look into the second table.
-const OVERFLOW: u64 = 7;
-/// In the top byte of a key: four bits of length, three for the number of ids (none in the key itself), one for pieces.
-const KEY_MASK: u64 = 0x8fff_ffff_ffff_ffff;
+/// In the top byte of a key: four bits of length, two for the number of ids less one (none in the key itself), one that says
+/// that the ids do not fit and are elsewhere, and one for pieces.
 const NUM_SHIFT: u32 = 60;
-/// Ids take 21 bits; two of them and the version of the entry fill a word.
+const ELSEWHERE: u64 = 1 << 62;
+const KEY_MASK: u64 = !(3 << NUM_SHIFT);
+/// Ids take 21 bits of 32. The version of the entry is in the upper bits of the first two.
 const ID_BITS: u32 = 21;
-const VERSION_BITS: u32 = 22;
-const VERSION_MASK: u64 = (1 << VERSION_BITS) - 1;
+const ID_MASK: u64 = ((1 << ID_BITS) - 1) * 0x1_0000_0001;
+const VERSION_BITS: u32 = 32 - ID_BITS;
+/// The lowest bit of the version: the entry is being written.
+const LOCKED: u64 = 1 << ID_BITS;
 
-/// Two words of key, two of ids; the version is in the low bits of the third.
+/// Two words of key, two of ids; the version is in the third.
 #[derive(Default)]
 struct Entry([AtomicU64; 4]);
 
 type Line = [Entry; 2];
+
+/// Most pretokens that are looked up at once have this many ids.
+pub const MAX_FOUND: usize = Batch::CAPACITY * MAX_IDS;
+/// Room for the ids of pretokens that are looked up at once, and for as many more as are stored, wanted or not.
+pub type FoundIds = [u32; MAX_FOUND + MAX_IDS];
 
 /// Pretokens and their ids.
 pub struct Lines {
@@ -74,73 +82,105 @@ impl Lines {
     #[inline(always)]
     pub fn prefetch(&self, line: usize) {
         #[cfg(target_arch = "x86_64")]
-        if let Some(line) = self.lines().get(line) {
+        {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: fetching ahead has no effect but on time, and the address is that of a line.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) };
+            // SAFETY: fetching ahead has no effect but on time, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.lines().as_ptr().wrapping_add(line).cast()) };
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = line;
     }
 
-    /// Looks for a key that is not long in its line.
-    #[inline(always)]
+    /// Looks for a key in its line.
     pub fn get(&self, key: Key, line: usize) -> Found {
-        for Entry([low, high, first_ids, last_ids]) in &self.lines()[line] {
-            let before = first_ids.load(Acquire);
-            let found = high.load(Relaxed);
-            if low.load(Relaxed) != key.0[0] || found & KEY_MASK != key.0[1] {
-                continue;
-            }
-            let ids = [before, last_ids.load(Relaxed)];
-            fence(Acquire);
-            if before & 1 != 0 || first_ids.load(Relaxed) != before {
-                return Found::Nothing;
-            }
-            return match found >> NUM_SHIFT & 7 {
-                OVERFLOW => Found::Long,
-                num => Found::Ids(unpacked(ids), num as usize),
-            };
+        let line = &self.lines()[line];
+        match entry_of(line, key) {
+            Some((ids, num)) => Found::Ids(ids, num),
+            None if key.is_long() || entry_of(line, Key([key.0[0], key.0[1] | ELSEWHERE])).is_some() => Found::Long,
+            None => Found::Nothing,
         }
-        Found::Nothing
+    }
+
+    /// Looks pretokens up, one after the other, up to the first that is not here or reaches beyond `limit`, and writes their
+    /// ids to `ids`. Returns how many pretokens and how many ids they are.
+    #[inline(never)]
+    pub fn get_all(&self, lookups: &[Lookup], limit: usize, ids: &mut FoundIds) -> (usize, usize) {
+        let lines = self.lines();
+        let mut num_ids = 0;
+        for (num, lookup) in lookups.iter().enumerate() {
+            let found = entry_of(&lines[lookup.line & (lines.len() - 1)], lookup.key);
+            let Some((found, num_found)) = found.filter(|_| lookup.end() <= limit) else { return (num, num_ids) };
+            // The remainder is what the compiler needs to know that there is room.
+            let to = num_ids % MAX_FOUND;
+            ids[to..to + MAX_IDS].copy_from_slice(&found);
+            num_ids += num_found;
+        }
+        (lookups.len(), num_ids)
     }
 
     /// Remembers the ids of a key that is not long; or, if they are too many or too large, that they are elsewhere.
     pub fn put(&self, key: Key, line: usize, ids: &[u32]) {
         let [newer, older] = &self.lines()[line];
-        let Some(older_version) = older.lock() else { return };
-        let Some(newer_version) = newer.lock() else {
-            older.unlock(older_version);
+        let Some(older_word) = older.lock() else { return };
+        let Some(newer_word) = newer.lock() else {
+            older.unlock(older_word);
             return;
         };
-        older.write(newer.words(), older_version);
-        let (packed, num) = if fits(ids) { (packed(ids), ids.len() as u64) } else { ([0; 2], OVERFLOW) };
-        newer.write([key.0[0], key.0[1] | num << NUM_SHIFT, packed[0], packed[1]], newer_version);
+        older.write(newer.words(), older_word);
+        let (packed, top) = match fits(ids) {
+            true => (packed(ids), (ids.len() as u64 - 1) << NUM_SHIFT),
+            false => ([0; 2], ELSEWHERE),
+        };
+        newer.write([key.0[0], key.0[1] | top, packed[0], packed[1]], newer_word);
     }
+}
+
+/// The ids of `key` in `line`, the first so many of them.
+#[inline(always)]
+fn entry_of(line: &Line, key: Key) -> Option<([u32; MAX_IDS], usize)> {
+    // Which of the two it can be is found out without a branch, since nothing could foretell it.
+    let [low, high, ..] = &line[1].0;
+    let is_older = low.load(Relaxed) ^ key.0[0] | high.load(Relaxed) & KEY_MASK ^ key.0[1] == 0;
+    let Entry([low, high, first_ids, last_ids]) = &line[usize::from(is_older)];
+    let before = first_ids.load(Acquire);
+    let top = high.load(Relaxed);
+    let differs = low.load(Relaxed) ^ key.0[0] | top & KEY_MASK ^ key.0[1];
+    let ids = [before, last_ids.load(Relaxed)];
+    fence(Acquire);
+    let changed = first_ids.load(Relaxed) ^ before | before & LOCKED;
+    (differs | changed == 0).then_some((unpacked(ids), (top >> NUM_SHIFT & 3) as usize + 1))
 }
 
 /// Whether an entry holds these ids itself.
 pub fn fits(ids: &[u32]) -> bool {
-    ids.len() <= MAX_IDS && ids.iter().all(|id| id >> ID_BITS == 0)
+    (1..=MAX_IDS).contains(&ids.len()) && ids.iter().all(|id| id >> ID_BITS == 0)
 }
 
 fn packed(ids: &[u32]) -> [u64; 2] {
     let id = |index: usize| u64::from(ids.get(index).copied().unwrap_or(0));
-    [0, 2].map(|index| (id(index) << ID_BITS | id(index + 1)) << VERSION_BITS)
+    [0, 2].map(|index| id(index) | id(index + 1) << 32)
 }
 
 #[inline(always)]
 fn unpacked(words: [u64; 2]) -> [u32; MAX_IDS] {
-    let second = |word: u64| (word >> VERSION_BITS) as u32 & ((1 << ID_BITS) - 1);
-    let first = |word: u64| (word >> (VERSION_BITS + ID_BITS)) as u32;
-    [first(words[0]), second(words[0]), first(words[1]), second(words[1])]
+    let [first, last] = words.map(|word| word & ID_MASK);
+    [first as u32, (first >> 32) as u32, last as u32, (last >> 32) as u32]
+}
+
+/// The version after that of an entry whose third word was `before`, where it stands in that word.
+fn next_version(before: u64) -> u64 {
+    const MASK: u64 = (1 << VERSION_BITS) - 1;
+    let version = before >> ID_BITS & MASK | before >> (32 + ID_BITS) << VERSION_BITS;
+    let next = version + 2;
+    (next & MASK) << ID_BITS | (next >> VERSION_BITS & MASK) << (32 + ID_BITS)
 }
 
 impl Entry {
     /// Makes the version odd, unless it is; gives back the word that held it.
     fn lock(&self) -> Option<u64> {
         let before = self.0[2].load(Relaxed);
-        let is_locked = before & 1 == 0 && self.0[2].compare_exchange(before, before | 1, Acquire, Relaxed).is_ok();
+        let is_free = before & LOCKED == 0;
+        let is_locked = is_free && self.0[2].compare_exchange(before, before | LOCKED, Acquire, Relaxed).is_ok();
         // Whoever sees what is written from here on also sees that the version is odd.
         fence(Release);
         is_locked.then_some(before)
@@ -153,11 +193,10 @@ impl Entry {
 
     /// Writes an entry that is locked, and unlocks it.
     fn write(&self, words: [u64; 4], before: u64) {
-        let version = (before + 2) & VERSION_MASK;
         self.0[0].store(words[0], Relaxed);
         self.0[1].store(words[1], Relaxed);
         self.0[3].store(words[3], Relaxed);
-        self.0[2].store(words[2] & !VERSION_MASK | version, Release);
+        self.0[2].store(words[2] & ID_MASK | next_version(before), Release);
     }
 
     fn words(&self) -> [u64; 4] {
@@ -200,6 +239,20 @@ mod tests {
         assert!(matches!(lines.get(key(7), lines.line_of(key(7))), Found::Long));
         lines.put(key(8), lines.line_of(key(8)), &[1; MAX_IDS + 1]);
         assert!(matches!(lines.get(key(8), lines.line_of(key(8))), Found::Long));
+    }
+
+    // Every version comes before it comes again, none of them locked, and none touches the ids.
+    #[test]
+    fn versions_come_round() {
+        let ids = packed(&[(1 << ID_BITS) - 1; 2])[0];
+        let mut word = ids;
+        let num_versions = 1 << (2 * VERSION_BITS - 1);
+        for number in 1..=num_versions {
+            word = ids | next_version(word);
+            assert_eq!(ids, word & ID_MASK);
+            assert_eq!(0, word & LOCKED);
+            assert_eq!(number == num_versions, word == ids, "{number}");
+        }
     }
 
     // Threads that write the same few lines at once never find the ids of another key.

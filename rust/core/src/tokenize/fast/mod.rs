@@ -31,8 +31,9 @@ pub use load::NotUnderstood;
 
 use super::control::ControlTokens;
 use added::Piece;
-use cache::{Cache, Found, Key, MAX_IDS};
-use lines::Lines;
+use cache::{Cache, Found, Lookup, look_ahead};
+use lines::{FoundIds, Lines};
+use pretokenize::Batch;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -66,22 +67,13 @@ pub struct Scratch {
 }
 
 /// Working memory, kept from text to text.
-#[derive(Default)]
 struct Work {
     cursor: pretokenize::Cursor,
-    batch: pretokenize::Batch,
+    batch: Batch,
     lookups: Box<[Lookup]>,
+    /// What comes out of the cache.
+    found: FoundIds,
     merging: bpe::Workspace,
-}
-
-/// A pretoken (or piece of one) to be looked up.
-#[derive(Clone, Copy, Default)]
-struct Lookup {
-    key: Key,
-    line: usize,
-    end: usize,
-    /// Whether it is a piece and that matters.
-    is_piece: bool,
 }
 
 /// Where a byte of the text came to lie among the tokens.
@@ -113,7 +105,13 @@ impl Scratch {
             cache_bytes,
             owner: 0,
             cache: None,
-            work: Work { lookups: vec![Lookup::default(); pretokenize::Batch::CAPACITY].into(), ..Work::default() },
+            work: Work {
+                cursor: pretokenize::Cursor::default(),
+                batch: Batch::default(),
+                lookups: vec![Lookup::default(); Batch::CAPACITY].into(),
+                found: [0; _],
+                merging: bpe::Workspace::default(),
+            },
         }
     }
 }
@@ -187,7 +185,7 @@ impl FastTokenizer {
         let mut num = 0;
         loop {
             self.parts.pretokenizer.fill(text.as_bytes(), cursor, batch);
-            match batch.ends().count() {
+            match batch.ends().len() {
                 0 => return num,
                 more => num += more,
             }
@@ -313,57 +311,47 @@ impl Run<'_> {
     /// The pretokens of the batch, which starts at `batch_start`; returns where it ends.
     fn batch(&mut self, text: &[u8], base: usize, batch_start: usize) -> usize {
         // Two rounds, so that the lines of the cache are on their way while keys are still being made.
-        let ignore_merges = self.parts.ignore_merges;
-        let lines = &*self.cache.lines;
         let Work { batch, lookups, .. } = &mut *self.work;
+        let num = look_ahead(&self.cache.lines, text, batch_start, batch.ends(), self.parts.ignore_merges, lookups);
         let mut start = batch_start;
-        let mut num_lookups = 0;
-        for ((end, is_piece), lookup) in batch.ends().zip(lookups.iter_mut()) {
-            let is_piece = is_piece && ignore_merges;
-            let key = Key::new(text, start, end, is_piece);
-            let line = lines.line_of(key);
-            lines.prefetch(line);
-            *lookup = Lookup { key, line, end, is_piece };
-            start = end;
-            num_lookups += 1;
-        }
-        let mut start = batch_start;
-        // Room for what the entries of the cache give, so that all their ids can be stored at once, wanted or not.
-        let mut num = self.ids.len();
-        self.ids.resize(num + num_lookups * MAX_IDS, 0);
-        for i in 0..num_lookups {
-            let first = num;
-            let lookup = self.work.lookups[i];
-            match self.cache.get(lookup.key, lookup.line) {
-                Found::Ids(ids, num_ids) => {
-                    self.ids[num..num + MAX_IDS].copy_from_slice(&ids);
-                    num += num_ids;
-                }
-                found => {
-                    self.ids.truncate(num);
-                    self.pretoken(&lookup, found, &text[start..lookup.end]);
-                    num = self.ids.len();
-                    self.ids.resize(num + (num_lookups - 1 - i) * MAX_IDS, 0);
-                }
+        let mut done = 0;
+        while done < num {
+            let Work { lookups, found, .. } = &mut *self.work;
+            // The ids of a pretoken with a mark in it have to be told from the others.
+            let limit = self.marker.next().saturating_sub(base);
+            let (num_found, num_ids) = self.cache.lines.get_all(&lookups[done..num], limit, found);
+            self.ids.extend_from_slice(&found[..num_ids]);
+            done += num_found;
+            if num_found > 0 {
+                start = lookups[done - 1].end();
             }
-            if self.marker.next() < base + lookup.end {
-                self.mark(first..num, text, base, start, lookup.end);
+            if done < num {
+                let lookup = lookups[done];
+                let first = self.ids.len();
+                self.pretoken(&lookup, &text[start..lookup.end()]);
+                if self.marker.next() < base + lookup.end() {
+                    self.mark(first..self.ids.len(), text, base, start, lookup.end());
+                }
+                start = lookup.end();
+                done += 1;
             }
-            start = lookup.end;
         }
-        self.ids.truncate(num);
         start
     }
 
-    /// A pretoken (or piece of one) whose ids are not in the first table of the cache.
+    /// A pretoken (or piece of one), wherever its ids may be.
     #[cold]
-    fn pretoken(&mut self, lookup: &Lookup, found: Found, pretoken: &[u8]) {
-        let Lookup { key, line, is_piece, .. } = *lookup;
+    fn pretoken(&mut self, lookup: &Lookup, pretoken: &[u8]) {
+        let Lookup { key, line, .. } = *lookup;
+        let is_piece = lookup.is_piece();
+        let found = self.cache.lines.get(key, line);
+        if let Found::Ids(ids, num_ids) = found {
+            return self.ids.extend_from_slice(&ids[..num_ids]);
+        }
         if let Found::Long = found
             && let Some(ids) = self.cache.get_long(pretoken, is_piece)
         {
-            self.ids.extend_from_slice(ids);
-            return;
+            return self.ids.extend_from_slice(ids);
         }
         let first = self.ids.len();
         let whole = if self.parts.ignore_merges && !is_piece { self.parts.vocab.get(pretoken) } else { None };

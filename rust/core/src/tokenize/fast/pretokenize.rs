@@ -83,9 +83,9 @@ impl Batch {
         self.len += 1;
     }
 
-    /// The ends, each with whether it is that of a piece, not of a whole pretoken.
-    pub fn ends(&self) -> impl Iterator<Item = (usize, bool)> {
-        self.ends[..self.len].iter().map(|end| (end >> 1, end & 1 == 1))
+    /// Twice the ends, and one more for that of a piece, not of a whole pretoken.
+    pub fn ends(&self) -> &[usize] {
+        &self.ends[..self.len]
     }
 }
 
@@ -472,7 +472,7 @@ mod tests {
             if batch.len == 0 {
                 return ends;
             }
-            ends.extend(batch.ends().map(|end| end.0));
+            ends.extend(batch.ends().iter().map(|end| end >> 1));
         }
     }
 
