@@ -300,44 +300,36 @@ impl<'a> Parser<'a> {
     }
 
     fn string(&mut self) -> Parsed<Cow<'a, str>> {
-        let quote = self.at;
-        let start = quote + 1;
+        let start = self.at + 1;
         self.at = start;
         let mut owned = String::new();
         loop {
-            let Some(length) = memchr::memchr2(b'"', b'\\', &self.bytes[self.at..]) else {
-                self.refuse_controls(self.at, self.bytes.len())?;
-                return Err(self.error(self.bytes.len(), "invalid JSON: a string is not closed by '\"'"));
-            };
-            let end = self.at + length;
-            self.refuse_controls(self.at, end)?;
+            let end = self.at + num_plain(&self.bytes[self.at..]);
             let plain = &self.text[self.at..end];
             self.at = end + 1;
-            if self.bytes[end] == b'"' {
-                if owned.is_empty() && end - start == plain.len() {
-                    return Ok(Cow::Borrowed(plain));
+            match self.bytes.get(end) {
+                Some(b'"') if owned.is_empty() && end - start == plain.len() => return Ok(Cow::Borrowed(plain)),
+                Some(b'"') => {
+                    owned.push_str(plain);
+                    return Ok(Cow::Owned(owned));
                 }
-                owned.push_str(plain);
-                return Ok(Cow::Owned(owned));
+                Some(b'\\') => {
+                    if owned.is_empty() {
+                        // One allocation for nearly all strings: up to the closing quote, which is what an unescaped text
+                        // needs at most.
+                        let num_more = memchr::memchr(b'"', &self.bytes[end..]).unwrap_or_default();
+                        owned.reserve(plain.len() + num_more + 64);
+                    }
+                    owned.push_str(plain);
+                    owned.push(self.escape(end)?);
+                }
+                Some(byte) => {
+                    let text = format!("invalid JSON: the control character U+{byte:04X} must be escaped in a string");
+                    return Err(self.error(end, text));
+                }
+                None => return Err(self.error(end, "invalid JSON: a string is not closed by '\"'")),
             }
-            if owned.is_empty() {
-                // One allocation for nearly all strings: up to the closing quote, which is what an unescaped text needs at most.
-                owned.reserve(memchr::memchr(b'"', &self.bytes[end..]).map_or(64, |more| plain.len() + more + 64));
-            }
-            owned.push_str(plain);
-            owned.push(self.escape(end)?);
         }
-    }
-
-    fn refuse_controls(&self, start: usize, end: usize) -> Parsed<()> {
-        // A fold without an early exit compiles to SIMD; control characters are rare enough to look again.
-        if self.bytes[start..end].iter().fold(false, |found, &byte| found | (byte < 0x20)) {
-            let offset = start + self.bytes[start..end].iter().take_while(|&&byte| byte >= 0x20).count();
-            let byte = self.bytes[offset];
-            let text = format!("invalid JSON: the control character U+{byte:04X} must be escaped in a string");
-            return Err(self.error(offset, text));
-        }
-        Ok(())
     }
 
     /// Reads the rest of an escape whose backslash stands at `backslash`; `self.at` is just behind it.
@@ -393,6 +385,43 @@ impl<'a> Parser<'a> {
     }
 }
 
+/// How many bytes of a string come before the first that is not plain: a quote, a backslash or a control character.
+#[inline(always)]
+fn num_plain(bytes: &[u8]) -> usize {
+    let mut num = 0;
+    while let Some(block) = bytes[num..].first_chunk() {
+        let not_plain = not_plain(block);
+        if not_plain != 0 {
+            return num + not_plain.trailing_zeros() as usize;
+        }
+        num += block.len();
+    }
+    num + bytes[num..].iter().take_while(|byte| !matches!(byte, b'"' | b'\\' | 0..0x20)).count()
+}
+
+/// A bit for each byte that is not plain.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn not_plain(block: &[u8; 16]) -> u32 {
+    use std::arch::x86_64::*;
+    let words = u128::from_le_bytes(*block);
+    // SAFETY: every x86-64 processor has SSE2.
+    unsafe {
+        let bytes = _mm_set_epi64x((words >> 64) as i64, words as i64);
+        let is = |byte: u8| _mm_cmpeq_epi8(bytes, _mm_set1_epi8(byte as i8));
+        let control = _mm_cmpeq_epi8(_mm_min_epu8(bytes, _mm_set1_epi8(0x1f)), bytes);
+        _mm_movemask_epi8(_mm_or_si128(_mm_or_si128(is(b'"'), is(b'\\')), control)) as u32
+    }
+}
+
+/// A bit for each byte that is not plain.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn not_plain(block: &[u8; 16]) -> u32 {
+    let bits = (0..).zip(block).map(|(place, byte)| u32::from(matches!(byte, b'"' | b'\\' | 0..0x20)) << place);
+    bits.fold(0, |bits, bit| bits | bit)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -434,6 +463,19 @@ mod tests {
             failure("\"a\nb\"")
         );
         assert_eq!((0, "invalid JSON: expected a value, found 'N'".into()), failure("NaN"));
+    }
+
+    // Each byte at each place of a block is plain or not, as the grammar has it.
+    #[test]
+    fn plain_bytes_are_told_from_others() {
+        for byte in 0..=255u8 {
+            for place in 0..40 {
+                let mut bytes = [b'a'; 40];
+                bytes[place] = byte;
+                let is_plain = byte >= 0x20 && byte != b'"' && byte != b'\\';
+                assert_eq!(if is_plain { 40 } else { place }, num_plain(&bytes), "{byte} at {place}");
+            }
+        }
     }
 
     // Depth is bounded: a hostile input is an error, never an exhausted stack.
