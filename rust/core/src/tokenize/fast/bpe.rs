@@ -35,6 +35,8 @@ pub struct Merges {
     filter: Box<[u64]>,
     filter_shift: u32,
     id_of_rank: Box<[u32]>,
+    /// What to add to each rank for its id, if that is the same for all; else 0.
+    id_offset: u32,
     leaves_out: bool,
 }
 
@@ -75,6 +77,10 @@ impl Merges {
             filter: vec![0; num_filter_bits / 64].into(),
             filter_shift: 64 - num_filter_bits.trailing_zeros(),
             id_of_rank: merges.iter().map(|merge| merge.2).collect(),
+            id_offset: match merges.first() {
+                Some(first) if (0..).zip(merges).all(|(rank, merge)| merge.2 == first.2 + rank) => first.2,
+                _ => 0,
+            },
             leaves_out: (0..=255).any(|byte| can_occur(byte) && id_of_byte[byte as usize] == LEFT_OUT),
         };
         for (rank, (left, right, _)) in merges.iter().enumerate() {
@@ -120,6 +126,13 @@ impl Merges {
 
     fn byte_pair_rank(&self, left: u8, right: u8) -> u32 {
         self.byte_pairs[(left as usize) << 8 | right as usize]
+    }
+
+    /// The id of the two tokens of a merge together. Most vocabularies list them in the order of the merges: then nothing has to
+    /// be fetched.
+    #[inline]
+    fn id_of_rank(&self, rank: u32) -> u32 {
+        if self.id_offset > 0 { self.id_offset + rank } else { self.id_of_rank[rank as usize] }
     }
 
     /// Whether some byte of a text may have no token.
@@ -175,7 +188,7 @@ impl Merges {
             }
             let i = lowest as usize % N;
             let right = i + 1 + (alive >> (i + 1)).trailing_zeros() as usize;
-            ids[i] = self.id_of_rank[(lowest >> PLACE_BITS) as usize];
+            ids[i] = self.id_of_rank(lowest >> PLACE_BITS);
             keys[i] = NONE;
             keys[right] = NONE;
             alive &= !(1 << right);
@@ -215,7 +228,7 @@ impl Merges {
             if left_len == 0 || right >= symbols.len() || left_len + symbols[right].len != len {
                 continue;
             }
-            symbols[left].id = self.id_of_rank[rank as usize];
+            symbols[left].id = self.id_of_rank(rank);
             symbols[left].len = len;
             symbols[right].len = 0;
             let next = left + len as usize;
