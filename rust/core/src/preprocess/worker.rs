@@ -321,7 +321,7 @@ fn encode_record(
     if let Some((kind, message)) = record.flaw {
         return Err(Error::new(kind, message));
     }
-    let text = std::str::from_utf8(&chunk.bytes[record.range.clone()]).map_err(|error| {
+    let text = simdutf8::compat::from_utf8(&chunk.bytes[record.range.clone()]).map_err(|error| {
         let found = chunk.bytes[record.range.start + error.valid_up_to()];
         Error::new(ErrorKind::InvalidUtf8, format!("expected UTF-8 text, found the byte 0x{found:02X}"))
             .at_offset(error.valid_up_to())
