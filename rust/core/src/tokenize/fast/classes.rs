@@ -100,15 +100,15 @@ impl ClassTable {
 }
 
 /// The code point at `text[i]` and its width in bytes; `text` is valid UTF-8 and `i` a character boundary.
-#[inline]
+#[inline(always)]
 pub fn decode(text: &[u8], i: usize) -> (u32, usize) {
-    let tail = |k: usize| (text[i + k] & 0x3f) as u32;
-    let lead = text[i] as u32;
-    match lead {
-        0..0x80 => (lead, 1),
-        0x80..0xe0 => ((lead & 0x1f) << 6 | tail(1), 2),
-        0xe0..0xf0 => ((lead & 0x0f) << 12 | tail(1) << 6 | tail(2), 3),
-        _ => ((lead & 0x07) << 18 | tail(1) << 12 | tail(2) << 6 | tail(3), 4),
+    let tail = |byte: u8| (byte & 0x3f) as u32;
+    match text[i..] {
+        [lead @ 0..0x80, ..] => (lead as u32, 1),
+        [lead @ 0x80..0xe0, a, ..] => ((lead as u32 & 0x1f) << 6 | tail(a), 2),
+        [lead @ 0xe0..0xf0, a, b, ..] => ((lead as u32 & 0x0f) << 12 | tail(a) << 6 | tail(b), 3),
+        [lead, a, b, c, ..] => ((lead as u32 & 0x07) << 18 | tail(a) << 12 | tail(b) << 6 | tail(c), 4),
+        _ => unreachable!("the text is UTF-8, and a character begins here"),
     }
 }
 
