@@ -107,7 +107,8 @@ fn main() {
     let path = scratch.path().join("lines.jsonl");
     std::fs::write(&path, &lines).expect("room for a file");
 
-    let open = || Source::open(std::slice::from_ref(&path), 1 << 20, 1, |_, _| Ok(())).expect("the file is there");
+    let open =
+        || Source::open(std::slice::from_ref(&path), 1 << 20, 1, || (), |_, _| Ok(())).expect("the file is there");
     bench(&mut group, "survey: file to hash and segments", lines.len(), || drop(black_box(open())));
     bench(&mut group, "scan: file to hash, segments and records", lines.len(), || {
         let source = open();

@@ -14,7 +14,7 @@ use sft_fast_core::source::{Chunk, Source};
 type Record = (Vec<u8>, u64, u64, bool);
 
 fn records(path: &Path, chunk_bytes: usize) -> Result<Vec<Record>, String> {
-    let source = Source::open(&[path.to_owned()], chunk_bytes, 1, |_, _| Ok(())).map_err(|error| error.to_string())?;
+    let source = Source::open(&[path.to_owned()], chunk_bytes, 1, || (), |_, _| Ok(())).map_err(|error| error.to_string())?;
     let (mut chunk, mut all, mut num_newlines) = (Chunk::default(), Vec::new(), 0);
     while source.next(&mut chunk).map_err(|error| error.to_string())? {
         for record in &chunk.records {

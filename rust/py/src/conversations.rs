@@ -56,7 +56,7 @@ impl Conversations {
     ) -> PyResult<Self> {
         let policies = policies::read(policies)?;
         let source = detached(py, |_| {
-            Ok(Source::open(&files, CHUNK_BYTES, 1, |_, _| Ok(()))?.with_names(file_names.as_deref()))
+            Ok(Source::open(&files, CHUNK_BYTES, 1, || (), |_, _| Ok(()))?.with_names(file_names.as_deref()))
         })?;
         let mapping = FieldMapping { system_key, prompt_key, query_key, response_key, history_key, text_key };
         let record_shape = Shape::named(record_shape);

@@ -376,14 +376,16 @@ fn open(
         last = Instant::now();
         on_progress(&progress)
     };
-    std::thread::scope(|scope| {
-        let model = scope.spawn(|| load().inspect_err(|_| has_failed.store(true, Ordering::Relaxed)));
-        let sizes = options.files.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len());
-        let chunk_bytes = chunk_bytes(options, sizes.sum(), num_threads);
-        let source = Source::open(&options.files, chunk_bytes, num_threads, on_bytes);
-        let model = model.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok((model, source?.with_names(options.file_names.as_deref())))
-    })
+    let mut load = Some(|| load().inspect_err(|_| has_failed.store(true, Ordering::Relaxed)));
+    let mut model = None;
+    let first = || model = load.take().map(|load| load());
+    let sizes = options.files.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len());
+    let chunk_bytes = chunk_bytes(options, sizes.sum(), num_threads);
+    let source = Source::open(&options.files, chunk_bytes, num_threads, first, on_bytes);
+    // Where the files could not even be opened, nothing was done first.
+    let model = model.or_else(|| load.map(|load| load())).transpose()?;
+    let source = source?.with_names(options.file_names.as_deref());
+    Ok((model.expect("it was loaded, first or then"), source))
 }
 
 fn file_info(source: &Source, number: u32) -> SourceInfo {

@@ -159,6 +159,7 @@ impl Source {
     /// Opens `paths` and looks at them with `num_threads` threads. `chunk_bytes` is how much a chunk holds, about; it changes
     /// speed and memory, never the records.
     ///
+    /// Once the files are open, `first` is done by a thread that then helps the others; where there is but one, it is another.
     /// `on_bytes` is told how many bytes were read since it was told last, and how many there are in all; an error from it
     /// ends the work.
     ///
@@ -168,6 +169,7 @@ impl Source {
         paths: &[PathBuf],
         chunk_bytes: usize,
         num_threads: usize,
+        first: impl FnOnce() + Send,
         mut on_bytes: impl FnMut(u64, u64) -> Result<()>,
     ) -> Result<Self> {
         let files = paths.iter().map(|path| SourceFile::open(path)).collect::<Result<Vec<_>>>()?;
@@ -176,7 +178,8 @@ impl Source {
         }
         let mut source = Self::new(0, files, chunk_bytes);
         let num_total_bytes = source.num_bytes();
-        let surveys = survey::survey(&source.files, num_threads, |num_bytes| on_bytes(num_bytes, num_total_bytes))?;
+        let surveys =
+            survey::survey(&source.files, num_threads, first, |num_bytes| on_bytes(num_bytes, num_total_bytes))?;
         source.files.iter_mut().zip(surveys).for_each(|(file, survey)| file.survey = survey);
         Ok(source)
     }
@@ -412,7 +415,7 @@ mod tests {
     }
 
     fn open(path: &Path, chunk_bytes: usize) -> Result<Source> {
-        Source::open(&[path.to_path_buf()], chunk_bytes, 2, |_, _| Ok(()))
+        Source::open(&[path.to_path_buf()], chunk_bytes, 2, || (), |_, _| Ok(()))
     }
 
     /// Records as (text, line, column, flawed), from a file of `content` read in chunks of `chunk_bytes`.

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
 
@@ -43,10 +43,12 @@ struct Block {
     cuts: Vec<u64>,
 }
 
-/// Looks at all files. `on_bytes` is told how many bytes were read since it was told last; an error from it ends the work.
+/// Looks at all files. One thread does something else `first`, and then helps the others; where there is but one, it is another.
+/// `on_bytes` is told how many bytes were read since it was told last; an error from it ends the work.
 pub(super) fn survey(
     files: &[SourceFile],
     num_threads: usize,
+    first: impl FnOnce() + Send,
     mut on_bytes: impl FnMut(u64) -> Result<()>,
 ) -> Result<Vec<Survey>> {
     let num_blocks = |file: &SourceFile| file.stamp.num_bytes.div_ceil(BLOCK_BYTES);
@@ -61,25 +63,32 @@ pub(super) fn survey(
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
         let (sender, receiver) = channel();
-        for _ in 0..num_threads {
-            let (sender, starts, next) = (sender.clone(), &starts, &next);
-            scope.spawn(move || {
-                let mut buffer = Vec::new();
-                loop {
-                    let number = next.fetch_add(1, Ordering::Relaxed);
-                    if number >= num_all {
-                        return;
-                    }
-                    // Of files that start at the same block all but the last are empty.
-                    let file = starts.partition_point(|&start| start <= number) - 1;
-                    let block = files[file].survey_block(number - starts[file], &mut buffer);
-                    if sender.send(block.map(|(block, num_bytes)| (number, block, num_bytes))).is_err() {
-                        return; // something is wrong elsewhere
-                    }
+        let (starts, next) = (&starts, &next);
+        let look = move |sender: Sender<_>| {
+            let mut buffer = Vec::new();
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= num_all {
+                    return;
                 }
-            });
+                // Of files that start at the same block all but the last are empty.
+                let file = starts.partition_point(|&start| start <= number) - 1;
+                let block = files[file].survey_block(number - starts[file], &mut buffer);
+                if sender.send(block.map(|(block, num_bytes)| (number, block, num_bytes))).is_err() {
+                    return; // something is wrong elsewhere
+                }
+            }
+        };
+        for _ in 1..num_threads.max(2) {
+            let sender = sender.clone();
+            scope.spawn(move || look(sender));
         }
-        drop(sender);
+        scope.spawn(move || {
+            first();
+            if num_threads > 1 {
+                look(sender);
+            }
+        });
         receiver.into_iter().try_for_each(|found| {
             let (number, block, num_bytes) = found?;
             blocks[number as usize] = block;
@@ -201,8 +210,9 @@ mod tests {
             assert!(num_bytes <= total);
             Ok(())
         };
-        let source = Source::open(&paths, 16, num_threads, count).unwrap();
-        assert_eq!(source.num_bytes(), num_bytes);
+        let mut num_first = 0;
+        let source = Source::open(&paths, 16, num_threads, || num_first += 1, count).unwrap();
+        assert_eq!((1, source.num_bytes()), (num_first, num_bytes));
         (0..source.num_files()).map(|file| source.survey(file).clone()).collect()
     }
 
