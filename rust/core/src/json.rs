@@ -396,7 +396,11 @@ fn num_plain(bytes: &[u8]) -> usize {
         }
         num += block.len();
     }
-    num + bytes[num..].iter().take_while(|byte| !matches!(byte, b'"' | b'\\' | 0..0x20)).count()
+    num + bytes[num..].iter().take_while(|byte| is_plain(**byte)).count()
+}
+
+fn is_plain(byte: u8) -> bool {
+    !matches!(byte, b'"' | b'\\' | 0..0x20)
 }
 
 /// A bit for each byte that is not plain.
@@ -418,8 +422,7 @@ fn not_plain(block: &[u8; 16]) -> u32 {
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
 fn not_plain(block: &[u8; 16]) -> u32 {
-    let bits = (0..).zip(block).map(|(place, byte)| u32::from(matches!(byte, b'"' | b'\\' | 0..0x20)) << place);
-    bits.fold(0, |bits, bit| bits | bit)
+    (0..).zip(block).fold(0, |bits, (place, byte)| bits | u32::from(!is_plain(*byte)) << place)
 }
 
 #[cfg(test)]

@@ -34,10 +34,16 @@ pub struct Merges {
     /// Bits, by hash, of the pairs that have a merge.
     filter: Box<[u64]>,
     filter_shift: u32,
-    id_of_rank: Box<[u32]>,
-    /// What to add to each rank for its id, if that is the same for all; else 0.
-    id_offset: u32,
+    ids: IdsOfRanks,
     leaves_out: bool,
+}
+
+/// The ids of the tokens that merges make.
+enum IdsOfRanks {
+    /// They follow the ranks, as most vocabularies list them: this is what to add. Nothing has to be fetched for it.
+    Following(u32),
+    /// By rank.
+    Listed(Box<[u32]>),
 }
 
 /// Memory that merging needs, kept between calls.
@@ -76,10 +82,11 @@ impl Merges {
             shift: 64 - num_slots.trailing_zeros(),
             filter: vec![0; num_filter_bits / 64].into(),
             filter_shift: 64 - num_filter_bits.trailing_zeros(),
-            id_of_rank: merges.iter().map(|merge| merge.2).collect(),
-            id_offset: match merges.first() {
-                Some(first) if (0..).zip(merges).all(|(rank, merge)| merge.2 == first.2 + rank) => first.2,
-                _ => 0,
+            ids: match merges.first() {
+                Some(first) if (first.2..).zip(merges).all(|(id, merge)| id == merge.2) => {
+                    IdsOfRanks::Following(first.2)
+                }
+                _ => IdsOfRanks::Listed(merges.iter().map(|merge| merge.2).collect()),
             },
             leaves_out: (0..=255).any(|byte| can_occur(byte) && id_of_byte[byte as usize] == LEFT_OUT),
         };
@@ -128,11 +135,13 @@ impl Merges {
         self.byte_pairs[(left as usize) << 8 | right as usize]
     }
 
-    /// The id of the two tokens of a merge together. Most vocabularies list them in the order of the merges: then nothing has to
-    /// be fetched.
+    /// The id of the two tokens of a merge together.
     #[inline]
     fn id_of_rank(&self, rank: u32) -> u32 {
-        if self.id_offset > 0 { self.id_offset + rank } else { self.id_of_rank[rank as usize] }
+        match &self.ids {
+            IdsOfRanks::Following(first) => first + rank,
+            IdsOfRanks::Listed(ids) => ids[rank as usize],
+        }
     }
 
     /// Whether some byte of a text may have no token.

@@ -6,7 +6,7 @@
 //!
 //! The cache never changes an answer, only the time it takes.
 
-use super::lines::{Lines, fits};
+use super::lines::{ELSEWHERE, Lines, fits};
 use std::hash::BuildHasher;
 use std::sync::Arc;
 
@@ -69,8 +69,8 @@ pub enum Found {
 }
 
 impl Key {
-    /// A pretoken that is too long to be a key; a table has no such entry.
-    const LONG: Self = Self([0, 1 << 62]);
+    /// A pretoken that is too long to be a key; a table has no such entry, since a length goes with this bit there.
+    const LONG: Self = Self([0, ELSEWHERE]);
 
     /// The key of `text[start..end]`; a piece and a whole pretoken of the same bytes are two keys.
     #[inline(always)]

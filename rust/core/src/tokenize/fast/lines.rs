@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, fence};
 /// In the top byte of a key: four bits of length, two for the number of ids less one (none in the key itself), one that says
 /// that the ids do not fit and are elsewhere, and one for pieces.
 const NUM_SHIFT: u32 = 60;
-const ELSEWHERE: u64 = 1 << 62;
+pub const ELSEWHERE: u64 = 1 << 62;
 const KEY_MASK: u64 = !(3 << NUM_SHIFT);
 /// Ids take 21 bits of 32. The version of the entry is in the upper bits of the first two.
 const ID_BITS: u32 = 21;
